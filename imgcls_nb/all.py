@@ -1,0 +1,14 @@
+"Every public name of the library, in the order of the chapters. Written by hand: `nbdev-export` leaves it alone."
+from imgcls_nb.run import *
+from imgcls_nb.task import *
+from imgcls_nb.image import *
+from imgcls_nb.data import *
+from imgcls_nb.augment import *
+from imgcls_nb.models import *
+from imgcls_nb.transfer import *
+from imgcls_nb.train import *
+from imgcls_nb.evaluate import *
+from imgcls_nb.bundle import *
+from imgcls_nb.export import *
+from imgcls_nb.compress import *
+from imgcls_nb.serve import create_app, serve

@@ -1,0 +1,132 @@
+"""Write what follows from settings.ini and nbs/index.ipynb: pyproject.toml, the version, README.md, badges and links.
+
+    python tools/sync.py           # after editing settings.ini or nbs/index.ipynb
+    python tools/sync.py --check   # exit 1 and name the files that are out of date
+"""
+import argparse
+import configparser
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADER = '# Written from settings.ini by `python tools/sync.py`. Edit settings.ini instead.\n'
+STATUS = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
+LICENSES = {'apache2': 'Apache-2.0'}
+NBDEV_KEYS = ('nbs_path', 'doc_path', 'lib_path', 'branch', 'title', 'tst_flags')
+NBDEV_FLAGS = ('custom_sidebar', 'jupyter_hooks')
+NBDEV_LISTS = ('allowed_cell_metadata_keys',)
+
+
+def settings() -> dict[str, str]:
+    "The `[DEFAULT]` section of settings.ini."
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT/'settings.ini', encoding='utf-8')
+    return dict(parser['DEFAULT'])
+
+
+def toml_list(values: list[str]) -> str:
+    "A TOML list, one value a line."
+    return '[\n' + ''.join(f'    {json.dumps(value)},\n' for value in values) + ']'
+
+
+def extras(s: dict[str, str]) -> dict[str, list[str]]:
+    "`dev_requirements` is the extra `dev`, `edge_requirements` the extra `edge`, and so on."
+    return {key.removesuffix('_requirements'): value.split() for key, value in s.items() if key.endswith('_requirements')}
+
+
+def pyproject(s: dict[str, str]) -> str:
+    "pyproject.toml: what pip and nbdev read."
+    quote = json.dumps
+    site, code = f'https://{s["user"]}.github.io/{s["repo"]}/', f'https://github.com/{s["user"]}/{s["repo"]}'
+    classifiers = [f'Development Status :: {STATUS[s["status"]]}', f'Intended Audience :: {s["audience"]}',
+                   f'Natural Language :: {s["language"]}', 'Programming Language :: Python :: 3 :: Only',
+                   'Topic :: Scientific/Engineering :: Image Recognition']
+    author = {'name': s['author'], **({'email': s['author_email']} if s['author_email'] else {})}
+    scripts = [line.split('=') for line in s['console_scripts'].split()]
+    nbdev = ([f'{key} = {quote(s[key])}' for key in NBDEV_KEYS]
+             + [f'{key} = {s[key].lower()}' for key in NBDEV_FLAGS]
+             + [f'{key} = {quote(s[key].split())}' for key in NBDEV_LISTS])
+    return '\n'.join([
+        HEADER, '[build-system]', 'requires = ["setuptools>=77"]', 'build-backend = "setuptools.build_meta"', '',
+        '[project]', f'name = {quote(s["lib_name"])}', 'dynamic = ["version"]', f'description = {quote(s["description"])}',
+        'readme = "README.md"', f'requires-python = ">={s["min_python"]}"', f'license = {quote(LICENSES[s["license"]])}',
+        'license-files = ["LICENSE"]',
+        'authors = [{' + ', '.join(f'{key} = {quote(value)}' for key, value in author.items()) + '}]',
+        f'keywords = {toml_list(s["keywords"].split())}', f'classifiers = {toml_list(classifiers)}',
+        f'dependencies = {toml_list(s["requirements"].split())}', '',
+        '[project.optional-dependencies]', *(f'{name} = {toml_list(needs)}' for name, needs in extras(s).items()), '',
+        '[project.urls]', f'Repository = {quote(code)}', f'Documentation = {quote(site)}', '',
+        '[project.scripts]', *(f'{name} = {quote(target)}' for name, target in scripts), '',
+        '[project.entry-points.nbdev]', f'{s["lib_path"]} = "{s["lib_path"]}._modidx:d"', '',
+        '[tool.setuptools.dynamic]', f'version = {{attr = "{s["lib_path"]}.__version__"}}', '',
+        '[tool.setuptools.packages.find]', f'include = ["{s["lib_path"]}"]', '',
+        '[tool.nbdev]', *nbdev, '',
+        '[tool.pytest.ini_options]', 'testpaths = ["tests"]', 'addopts = "-m \'not slow\' --strict-markers"',
+        'markers = ["slow: takes minutes; run with `pytest -m slow`"]', '',
+        '[tool.ruff]', 'line-length = 120', 'target-version = "py310"', '',
+        '[tool.ruff.lint]', 'select = ["E", "F", "I", "B", "UP"]',
+        '# Notebook style: one-line bodies; cells import where they need to; fastai names are re-exported by star.',
+        'ignore = ["E701", "E702", "F403", "F405", "E402", "I001", "B008", "B905"]', ''])
+
+
+def versioned(s: dict[str, str]) -> str:
+    "The package's `__init__.py`."
+    return f'__version__ = "{s["version"]}"\n'
+
+
+def linked(text: str, s: dict[str, str]) -> str:
+    "A notebook's or a page's text with the owner's name in every badge and link as settings.ini has it."
+    owner, name = s['user'], s['repo']
+    for pattern, link in [(r'github\.com/[\w.-]+/' + name, f'github.com/{owner}/{name}'),
+                          (r'colab\.research\.google\.com/github/[\w.-]+/' + name, f'colab.research.google.com/github/{owner}/{name}'),
+                          (r'[\w-]+\.github\.io/' + name, f'{owner}.github.io/{name}')]:
+        text = re.sub(pattern, link, text)
+    return text
+
+
+def readme(s: dict[str, str]) -> str:
+    "README.md: the home page's text and outputs as Markdown, without Quarto. Pictures are files in nbs/images."
+    nb = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))
+    parts = ['<!-- Written from nbs/index.ipynb by `python tools/sync.py`. Edit the notebook instead. -->']
+    for cell in nb['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'markdown': parts.append(source)
+        elif cell['cell_type'] == 'code' and not re.search(r'^#\|\s*hide', source, re.M): parts += code_cell(cell, source)
+    text = linked('\n\n'.join(parts) + '\n', s)
+    text = re.sub(r'\]\(images/', '](nbs/images/', text)
+    return re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)
+
+
+def code_cell(cell: dict, source: str) -> list[str]:
+    "A code cell and its text outputs as Markdown."
+    code = '\n'.join(line for line in source.splitlines() if not line.startswith('#|'))
+    parts = [f'```python\n{code}\n```']
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        text = data.get('text/markdown') or data.get('text/plain') or output.get('text')
+        if text: parts.append(''.join(text) if 'text/markdown' in data else f'```text\n{"".join(text).rstrip()}\n```')
+    return parts
+
+
+def targets(s: dict[str, str]) -> dict[Path, str]:
+    "Every file that this command writes, with its content."
+    notebooks = {path: linked(path.read_text(encoding='utf-8'), s) for path in sorted((ROOT/'nbs').glob('*.ipynb'))}
+    return {ROOT/'pyproject.toml': pyproject(s), ROOT/s['lib_path']/'__init__.py': versioned(s), **notebooks,
+            ROOT/'README.md': readme(s), ROOT/'_quarto.yml': linked((ROOT/'_quarto.yml').read_text(encoding='utf-8'), s)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='change nothing; exit 1 if a file is out of date')
+    check = parser.parse_args().check
+    stale = [path for path, text in targets(settings()).items()
+             if not path.exists() or path.read_text(encoding='utf-8') != text]
+    for path in stale:
+        print(f'{"out of date" if check else "wrote"}: {path.relative_to(ROOT)}')
+        if not check: path.write_text(targets(settings())[path], encoding='utf-8')
+    return 1 if check and stale else 0
+
+
+if __name__ == '__main__': sys.exit(main())

@@ -49,18 +49,19 @@ class Screen:
             yield move
         if not self.console.is_terminal: self.say(f'{title}: done')
 
-# %% ../nbs/21_cli.ipynb #b0217384
+# %% ../nbs/21_cli.ipynb #bb158abb
 def print_table(rows: list[list[str]], heading: list[str], title: str = '') -> None:
     "A table on stdout; columns line up in any script."
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    table = Table(title=title or None, title_justify='left', box=box.SIMPLE_HEAD, title_style='bold')
+    table = Table(box=box.SIMPLE_HEAD)
     for number, name in enumerate(heading): table.add_column(Text(name), justify='left' if number == 0 else 'right', overflow='fold')
     for row in rows: table.add_row(*[Text(str(cell)) for cell in row])
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=160)
+    if title: console.print(title, style='bold', markup=False, soft_wrap=True)
     console.print(table)
 
 # %% ../nbs/21_cli.ipynb #9c899be1
@@ -291,7 +292,7 @@ def serve_command(args: argparse.Namespace) -> int:
     serve(args.bundle, args.host, args.port, args.runtime)
     return 0
 
-# %% ../nbs/21_cli.ipynb #c4df39c1
+# %% ../nbs/21_cli.ipynb #4d6d2bb7
 def _add_run(commands) -> None:
     "Options of `imgcls run`."
     p = commands.add_parser('run', help='check, split, train, evaluate, export, compress, report', formatter_class=_Format,
@@ -302,7 +303,7 @@ def _add_run(commands) -> None:
     p.add_argument('--epochs', type=_positive, help='passes over the training images')
     p.add_argument('--learning-rate', type=float, help='the highest of the schedule')
     p.add_argument('--size', type=_positive, help='side of the input in pixels')
-    p.add_argument('--batch-size', type=_positive, default=64, help='images in one step')
+    p.add_argument('--batch-size', type=_positive, help='images in one step (default: chosen for the data)')
     p.add_argument('--augment', help='digits, photos, textures or none (default: the one for this kind of data)')
     p.add_argument('--seed', type=int, default=0, help='of the split, the weights and the order')
     p.add_argument('--name', help='name of the run (default: the name of the source)')

@@ -8,9 +8,8 @@ Docs: https://imgcls.github.io/imgcls_nb/images.html.md"""
 __all__ = ['INTERPOLATIONS', 'ImageError', 'Limits', 'open_image', 'ImageInfo', 'image_info', 'Preprocessing', 'to_pixels',
            'normalize', 'load_pixels']
 
-# %% ../nbs/01_images.ipynb #87269530
+# %% ../nbs/01_images.ipynb #6fda5291
 import io
-import math
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +26,13 @@ class ImageError(InputError):
         super().__init__(message)
         self.kind = kind
 
-# %% ../nbs/01_images.ipynb #3bdb818c
+# %% ../nbs/01_images.ipynb #8d7aedd5
 @dataclass(frozen=True)
 class Limits:
     "What is refused before it costs anything."
     max_bytes: int = 100_000_000  # size of the file
     max_pixels: int = 100_000_000  # width times height, read from the header
-    formats: tuple[str, ...] = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # by content, not by name
+    formats: tuple[str, ...] = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # by content, not by name
 
 # %% ../nbs/01_images.ipynb #58bc78fc
 def _read(source: bytes | str | Path, limits: Limits) -> bytes:

@@ -8,7 +8,7 @@ Docs: https://imgcls.github.io/imgcls_nb/transfer.html.md"""
 __all__ = ['OFFLINE_WEIGHTS', 'has_offline_weights', 'has_pretrained_weights', 'pretrained_model', 'pretrained_preprocessing',
            'extract_features', 'fit_head', 'split_parameters']
 
-# %% ../nbs/05_transfer.ipynb #7d212d8a
+# %% ../nbs/05_transfer.ipynb #a1926d47
 import importlib
 import inspect
 
@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from .image import INTERPOLATIONS, Preprocessing
-from .models import BY_HAND, check_architecture, create_model
+from .models import BY_HAND, check_architecture
 from .run import InputError
 
 # %% ../nbs/05_transfer.ipynb #dbbd2d46

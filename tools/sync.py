@@ -63,12 +63,14 @@ def pyproject(s: dict[str, str]) -> str:
         '[tool.setuptools.dynamic]', f'version = {{attr = "{s["lib_path"]}.__version__"}}', '',
         '[tool.setuptools.packages.find]', f'include = ["{s["lib_path"]}"]', '',
         '[tool.nbdev]', *nbdev, '',
-        '[tool.pytest.ini_options]', 'testpaths = ["tests"]', 'addopts = "-m \'not slow\' --strict-markers"',
-        'markers = ["slow: takes minutes; run with `pytest -m slow`"]', '',
-        '[tool.ruff]', 'line-length = 120', 'target-version = "py310"', '',
+        '[tool.pytest.ini_options]', 'testpaths = ["tests"]', 'addopts = "-m \'not slow and not edge and not frameworks\' --strict-markers"',
+        'markers = [', '    "slow: takes minutes; run with `pytest -m slow`",',
+        '    "edge: needs the extra `edge`",', '    "frameworks: needs the extra `frameworks`",', ']', '',
+        '[tool.ruff]', 'line-length = 110', 'target-version = "py310"', '',
         '[tool.ruff.lint]', 'select = ["E", "F", "I", "B", "UP"]',
         '# Notebook style: one-line bodies; cells import where they need to; fastai names are re-exported by star.',
-        'ignore = ["E701", "E702", "F403", "F405", "E402", "I001", "B008", "B905"]', ''])
+        'ignore = ["E701", "E702", "F403", "F405", "E402", "I001", "B008", "B905"]', '',
+        '[tool.ruff.lint.per-file-ignores]', '"imgcls_nb/_modidx.py" = ["E501"]', '"tests/*" = ["E501"]', '"tools/*" = ["E501"]', ''])
 
 
 def versioned(s: dict[str, str]) -> str:

@@ -1,0 +1,64 @@
+"Shared by all tests: the command as a subprocess, a folder of real and broken images, one finished run."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/'tools'))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+IMGCLS = shutil.which('imgcls', path=str(Path(sys.executable).parent))  # the command as it is installed
+OFFLINE = dict(HF_HUB_OFFLINE='1', PYTHONWARNINGS='default')
+
+
+def imgcls(*args, cwd=None, timeout=600, **options) -> subprocess.CompletedProcess:
+    "Run the command as a user does; stdout and stderr come back as text."
+    command = [IMGCLS, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, timeout=timeout, text=True, capture_output=True, encoding='utf-8',
+                          env={**os.environ, **OFFLINE, 'PYTHONUTF8': '1'}, **options)
+
+
+def assert_sentence(result: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
+    "A failed command says what is wrong in one sentence on stderr, and nothing else looks like a crash."
+    assert result.returncode == code, result.stderr
+    assert 'Traceback' not in result.stderr + result.stdout
+    complaint = [line for line in result.stderr.splitlines() if line.startswith('imgcls: ')]
+    assert len(complaint) == 1, result.stderr
+    for word in words: assert word in complaint[0], complaint[0]
+
+
+def assert_no_leftovers(folder: Path) -> None:
+    "Nothing half-written anywhere below a folder."
+    assert not [path for path in folder.rglob('*') if '.partial-' in path.name]
+
+
+@pytest.fixture(scope='session')
+def digits_run(tmp_path_factory) -> dict:
+    "`imgcls run digits --json`, once for the whole test session: what it printed, and where."
+    folder = tmp_path_factory.mktemp('digits')
+    result = imgcls('run', 'digits', '--json', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    return dict(summary, folder=folder, bundle=str(folder/summary['bundle']), run=str(folder/summary['run']))
+
+
+@pytest.fixture(scope='session')
+def photo_folder(tmp_path_factory) -> Path:
+    "Photographs in every mode, odd names, and broken files, in folders with spaces and Chinese characters."
+    from samples import make_photo_folder
+    return make_photo_folder(tmp_path_factory.mktemp('photos')/'我的 photos')
+
+
+@pytest.fixture
+def project_copy(tmp_path) -> Path:
+    "The project's sources in another folder, so that nothing is written into this one."
+    target = tmp_path/'project'
+    target.mkdir()
+    for name in ('settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', '_quarto.yml'): shutil.copy2(ROOT/name, target)
+    for name in ('nbs', 'imgcls_nb', 'tools'):
+        shutil.copytree(ROOT/name, target/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    return target

@@ -1,0 +1,129 @@
+"The service, over real HTTP, from one command."
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from conftest import IMGCLS, OFFLINE
+from samples import MODES, encoded, in_mode, patch, truncated_jpeg
+from test_images import png_that_claims
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def service(digits_run):
+    "`imgcls serve` as a process, and a client for it."
+    port = free_port()
+    process = subprocess.Popen([IMGCLS, 'serve', digits_run['bundle'], '--port', str(port)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **OFFLINE})
+    with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=20) as client:
+        deadline = time.monotonic() + 30
+        while True:
+            try: client.get('/health'); break
+            except httpx.TransportError:
+                assert process.poll() is None and time.monotonic() < deadline, 'the service did not start'
+                time.sleep(0.05)
+        yield client
+    process.terminate()
+    stderr = process.communicate(timeout=20)[1]
+    assert process.returncode in (0, -15, 130) and 'Traceback' not in stderr, stderr
+
+
+def digit(i: int) -> tuple[bytes, str]:
+    "A real scanned digit as a PNG, with its label."
+    bunch = load_digits()
+    return encoded(Image.fromarray((bunch.images[i] / 16 * 255).round().astype(np.uint8)), 'PNG'), str(bunch.target[i])
+
+
+def test_health(service):
+    answer = service.get('/health')
+    assert answer.status_code == 200 and answer.json()['status'] == 'ok' and len(answer.json()['classes']) == 10
+
+
+def test_it_knows_digits(service):
+    right = sum(service.post('/predict', content=data).json()['label'] == label for data, label in map(digit, range(0, 1797, 30)))
+    assert right >= 55  # of 60
+
+
+def test_a_form_and_a_raw_body_give_the_same_answer(service):
+    data, _ = digit(3)
+    raw, form = service.post('/predict', content=data), service.post('/predict', files=dict(file=('名 前.png', data)))
+    assert raw.status_code == form.status_code == 200 and raw.json()['top'] == form.json()['top']
+
+
+def test_the_service_answers_as_the_predictor_does(service, digits_run):
+    from imgcls_nb.bundle import load_bundle
+    data, _ = digit(7)
+    assert service.post('/predict', content=data).json()['top'] == load_bundle(digits_run['bundle']).predictor()(data).as_dict()['top']
+
+
+@pytest.mark.parametrize('name', MODES)
+def test_every_mode_is_answered(service, name):
+    mode, suffix = MODES[name]
+    format = {'jpg': 'JPEG', 'tiff': 'TIFF'}.get(suffix.lower(), suffix.upper())
+    assert service.post('/predict', content=encoded(in_mode(patch('brick', 1), mode), format)).status_code == 200
+
+
+@pytest.mark.parametrize('data, status', [
+    (b'', 422), (b'hello', 415), (truncated_jpeg(), 422), (png_that_claims(60_000, 60_000), 413), (b'\0' * 11_000_000, 413),
+    (b'%PDF-1.7', 415), (b'\x89PNG\r\n\x1a\n', None), (b'GIF89a' + b'\xff' * 30, None)])
+def test_bad_images_are_refused_with_a_reason(service, data, status):
+    answer = service.post('/predict', content=data)
+    assert 400 <= answer.status_code < 500 and (status is None or answer.status_code == status), answer.text
+    assert len(answer.json()['error']) > 10 and 'Traceback' not in answer.text and '/' not in answer.json()['error']
+
+
+@pytest.mark.parametrize('request_', [
+    dict(files=dict(other=('a.png', b'x'))), dict(data=dict(file='text')),
+    dict(content=b'--x\r\nrubbish', headers={'content-type': 'multipart/form-data; boundary=x'}),
+    dict(content=b'rubbish', headers={'content-type': 'multipart/form-data'}),
+    dict(files=[('file', ('a.png', b'x')), ('file', ('b.png', b'y'))])])
+def test_bad_forms_are_refused_with_a_reason(service, request_):
+    answer = service.post('/predict', **request_)
+    assert 400 <= answer.status_code < 500 and answer.json()['error'], answer.text
+
+
+def test_wrong_methods_and_places(service):
+    assert service.get('/predict').status_code == 405
+    assert service.get('/../../etc/passwd').status_code == 404
+
+
+def test_a_body_without_an_end_is_cut_off(service):
+    "A sender that never says how much is coming is stopped at the limit."
+    def forever():
+        for _ in range(400): yield b'\0' * 100_000
+    try: assert service.post('/predict', content=forever()).status_code == 413
+    except httpx.TransportError: pass  # the service may close the connection while more is being sent
+
+
+def test_many_at_once_and_the_next_one_too(service):
+    data, label = digit(5)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: service.post('/predict', content=data if i % 3 else b'rubbish'), range(150)))
+    assert {a.status_code for a in answers} == {200, 415}
+    assert service.post('/predict', content=data).json()['label'] == label
+
+
+def test_the_page_stands_alone(service):
+    page = service.get('/').text
+    assert '<label' in page and 'digits' in page
+    assert 'src="http' not in page and 'href="http' not in page and '@import' not in page
+
+
+def test_the_service_loads_no_training_stack(digits_run):
+    code = (f'import sys; from imgcls_nb.serve import create_app; create_app({digits_run["bundle"]!r});'
+            'print({m.split(".")[0] for m in sys.modules} & {"torch", "fastai", "matplotlib", "timm"})')
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'

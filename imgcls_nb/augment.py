@@ -1,4 +1,4 @@
-"""More training images from the ones you have
+"""More training pictures from the ones you have, and when that helps
 
 Docs: https://imgcls.github.io/imgcls_nb/augment.html.md"""
 
@@ -12,15 +12,16 @@ from fastai.vision.augment import PadMode, aug_transforms
 
 from .run import InputError
 
-# %% ../nbs/03_augment.ipynb #eed201a2
+# %% ../nbs/03_augment.ipynb #3767d1cb
 PRESETS: dict[str, dict] = dict(
     digits=dict(do_flip=False, max_rotate=15, min_zoom=0.85, max_zoom=1.15, max_warp=0.1, max_lighting=0.0,
                 p_affine=1.0, pad_mode=PadMode.Zeros),
-    photos=dict(do_flip=True, max_rotate=15, max_zoom=1.2, max_warp=0.1, max_lighting=0.2, pad_mode=PadMode.Reflection),
+    photos=dict(do_flip=True, max_rotate=15, max_zoom=1.2, max_warp=0.1, max_lighting=0.2,
+                pad_mode=PadMode.Reflection),
     textures=dict(do_flip=True, flip_vert=True, max_rotate=15, max_zoom=1.1, max_warp=0.0, max_lighting=0.1,
                   pad_mode=PadMode.Reflection))
 
-
+# %% ../nbs/03_augment.ipynb #e0f7af2e
 def augmentations(
     kind: str = 'photos',  # what is in the pictures: one of `PRESETS`, or 'none'
 ) -> list:  # fastai transforms for whole batches of `float32 [N, C, H, W]`, 0 to 1

@@ -8,7 +8,7 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 __all__ = ['RUNTIME_HEADING', 'Screen', 'print_table', 'run_command', 'data_command', 'predict_command', 'serve_command',
            'make_parser', 'main']
 
-# %% ../nbs/21_cli.ipynb #e28b173d
+# %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
 import contextlib
 import errno
@@ -24,9 +24,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from .run import ImgclsError, InputError, Run, create_run, recording, save_record, stage, write_json, write_text
+from .run import (ImgclsError, InputError, Run, create_run, recording, save_record, stage,
+                           whole_or_absent, write_json, write_text)
 
-# %% ../nbs/21_cli.ipynb #ba691848
+# %% ../nbs/21_cli.ipynb #acaa45db
 class Screen:
     "Progress and messages on stderr, so that stdout holds the result alone."
     def __init__(self, quiet: bool = False):
@@ -37,7 +38,7 @@ class Screen:
 
     @contextlib.contextmanager
     def bar(self, title: str):
-        "Yield a function `(done, total, note='')` that moves a progress bar; without a terminal, one line at the end."
+        "Yield a function `(done, total, note='')` that moves a bar; without a terminal, one line at the end."
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
         columns = TextColumn('{task.description:<9}', markup=False), BarColumn(), TaskProgressColumn(), \
             TimeRemainingColumn(), TextColumn('{task.fields[note]}', markup=False)
@@ -49,7 +50,7 @@ class Screen:
             yield move
         if not self.console.is_terminal: self.say(f'{title}: done')
 
-# %% ../nbs/21_cli.ipynb #bb158abb
+# %% ../nbs/21_cli.ipynb #56dc5598
 def print_table(rows: list[list[str]], heading: list[str], title: str = '') -> None:
     "A table on stdout; columns line up in any script."
     from rich import box
@@ -57,27 +58,29 @@ def print_table(rows: list[list[str]], heading: list[str], title: str = '') -> N
     from rich.table import Table
     from rich.text import Text
     table = Table(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(heading): table.add_column(Text(name), justify='left' if number == 0 else 'right', overflow='fold')
+    for number, name in enumerate(heading):
+        table.add_column(Text(name), justify='right' if number else 'left', overflow='fold')
     for row in rows: table.add_row(*[Text(str(cell)) for cell in row])
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=160)
     if title: console.print(title, style='bold', markup=False, soft_wrap=True)
     console.print(table)
 
-# %% ../nbs/21_cli.ipynb #9c899be1
+# %% ../nbs/21_cli.ipynb #027eeee7
 def run_command(args: argparse.Namespace) -> int:
     "`imgcls run SOURCE`: check, split, train, evaluate, export, compress, report."
     screen = Screen(quiet=args.json)
     from imgcls_nb.data import load_images
-    from imgcls_nb.task import machine
+    from imgcls_nb.task import Task, machine
     data = load_images(args.source)
     run = create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source), seed=args.seed,
                      hardware=machine().as_dict())
     args.folder = run.folder
     with recording(run):
         data = _prepare(run, data, args, screen)
+        task = Task(data.classes, args.metric, args.target, args.latency_ms, args.size_mb)
         learn = _train(run, data, args, screen)
-        summary = _prove(run, data, learn, args, screen)
+        summary = _prove(run, data, learn, task, screen)
         save_record(run, summary=summary)
     summary = dict(summary, seconds=run.record['seconds'])
     if args.json: print(json.dumps(summary, ensure_ascii=False))
@@ -90,14 +93,13 @@ def _safe_name(name: str) -> str:
     name = ''.join('_' if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in name).strip('. ')
     return name or 'run'
 
-# %% ../nbs/21_cli.ipynb #96a43047
+# %% ../nbs/21_cli.ipynb #30fa363a
 def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
     "Check and split the images; write the table."
     with stage(run, 'check'), screen.bar('check') as progress: data = data.scan(progress)
     findings = data.check()
     with stage(run, 'split'):
         data = data.split(seed=args.seed)
-        from imgcls_nb.run import whole_or_absent
         with whole_or_absent(run.items) as partial: data.table().to_csv(partial, index=False)
     save_record(run, data=dict(name=data.name, fingerprint=data.fingerprint(), classes=list(data.classes),
                                images=len(data), set_aside=len(data.set_aside)),
@@ -109,15 +111,17 @@ def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
 def _count_kinds(findings) -> str:
     "How many findings of each kind, in words."
     kinds = [finding.kind for finding in findings]
-    return ', '.join(f'{kinds.count(kind)} × {kind}' for kind in dict.fromkeys(kinds)) or 'nothing wrong found'
+    words = [f'{kinds.count(kind)} × {kind}' for kind in dict.fromkeys(kinds)]
+    return ', '.join(words) or 'nothing wrong found'
 
-# %% ../nbs/21_cli.ipynb #a9710d8e
+# %% ../nbs/21_cli.ipynb #ee3d3a42
 def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     "Make a learner, say how long it will take, and train it."
     from imgcls_nb.train import EpochLog, ReportProgress, SaveCheckpoint, default_epochs, image_learner, train
     with stage(run, 'prepare'), screen.bar('prepare') as progress:
-        learn = image_learner(data, args.arch, pretrained=False if args.from_scratch else None, size=args.size,
-                              batch_size=args.batch_size, augment=args.augment, seed=args.seed, progress=progress)
+        pretrained = False if args.from_scratch else None
+        learn = image_learner(data, args.arch, pretrained, args.size, args.batch_size, args.augment,
+                              seed=args.seed, progress=progress)
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
     learn.logger = lambda row: None
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
@@ -132,49 +136,50 @@ def _announce(run: Run, learn, epochs: int, screen: Screen) -> None:
     "Say how many minutes and how much disk this will take; refuse if the disk has not that much."
     from imgcls_nb.train import seconds_per_step
     steps = (epochs + learn.recipe['pretrained']) * len(learn.dls.train)
-    seconds = steps * seconds_per_step(learn) * 1.25 + 20  # validation after each epoch; then export and report
+    seconds = steps * seconds_per_step(learn) * 1.25 + 20  # validation after each epoch; then the export
     megabytes = sum(p.numel() for p in learn.model.parameters()) * 4 * 3.5 / 1e6 + 2
     free = shutil.disk_usage(run.folder).free / 1e6
-    screen.say(f'{learn.recipe["architecture"]}, {epochs} epochs on {learn.dls.device}: about {_minutes(seconds)} '
-               f'and {megabytes:.0f} MB in {run.folder}')
+    screen.say(f'{learn.recipe["architecture"]}, {epochs} epochs on {learn.dls.device}: '
+               f'about {_minutes(seconds)} and {megabytes:.0f} MB in {run.folder}')
     if free < megabytes:
-        raise InputError(f'The disk of {run.folder} has {free:.0f} MB left, and this run needs about {megabytes:.0f} MB. '
-                         'Free some space or choose another place with --runs FOLDER.')
+        raise InputError(f'The disk of {run.folder} has {free:.0f} MB left, and this run needs about '
+                         f'{megabytes:.0f} MB. Free some space or choose another place with --runs FOLDER.')
 
 
-def _minutes(seconds: float) -> str: return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} minutes'
+def _minutes(seconds: float) -> str:
+    "A time as a person says it."
+    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} minutes'
 
-# %% ../nbs/21_cli.ipynb #b6ebcf17
-def _prove(run: Run, data, learn, args: argparse.Namespace, screen: Screen) -> dict:
+# %% ../nbs/21_cli.ipynb #5bfa8f8c
+def _prove(run: Run, data, learn, task, screen: Screen) -> dict:
     "Evaluate, export, compress and report; the run's summary."
     import numpy as np
     from imgcls_nb.compress import compress
     from imgcls_nb.evaluate import evaluate
     from imgcls_nb.export import export
-    from imgcls_nb.run import whole_or_absent
-    from imgcls_nb.task import Task
-    task = Task(data.classes, args.metric, args.target, args.latency_ms, args.size_mb)
     with stage(run, 'evaluate'), screen.bar('evaluate'):
         report = evaluate(learn)
         with whole_or_absent(run.predictions) as partial, partial.open('wb') as file:
-            np.savez_compressed(file, rows=report.rows, targets=report.targets, probabilities=report.probabilities,
-                                classes=np.array(data.classes))
+            np.savez_compressed(file, rows=report.rows, targets=report.targets,
+                                probabilities=report.probabilities, classes=np.array(data.classes))
         write_json(run.metrics, {name: asdict(estimate) for name, estimate in report.metrics.items()})
     with stage(run, 'export'), screen.bar('export'): bundle = export(learn, report, run.bundle, task)
     with stage(run, 'compress'), screen.bar('compress'): compression = compress(bundle, data)
     with stage(run, 'report'), screen.bar('report'): _write_report(run, report, compression)
     return _summary(run, report, compression, task)
 
-# %% ../nbs/21_cli.ipynb #a139368c
-RUNTIME_HEADING = ['runtime', 'size, MB', 'test accuracy', '95% interval', 'largest difference', 'ms, median', 'ms, 95%']
+# %% ../nbs/21_cli.ipynb #586c27da
+RUNTIME_HEADING = ['runtime', 'size, MB', 'test accuracy', '95% interval', 'largest difference', 'ms, median',
+                   'ms, 95%']
 
 
 def _runtime_rows(compression) -> list[list[str]]:
     "One row for each runtime, an INT8 version that was refused included."
     runtimes = dict(compression.bundle.record.runtimes)
     if not compression.kept: runtimes['onnx-int8, refused'] = compression.runtime
-    return [[name, f'{r.bytes / 1e6:.3f}', f'{r.accuracy.value:.2%}', f'{r.accuracy.low:.2%} to {r.accuracy.high:.2%}',
-             f'{r.parity.max_difference:.1e}', f'{r.latency_ms:.2f}', f'{r.latency_ms_p95:.2f}']
+    return [[name, f'{r.bytes / 1e6:.3f}', f'{r.accuracy.value:.2%}',
+             f'{r.accuracy.low:.2%} to {r.accuracy.high:.2%}', f'{r.parity.max_difference:.1e}',
+             f'{r.latency_ms:.2f}', f'{r.latency_ms_p95:.2f}']
             for name, r in runtimes.items()]
 
 
@@ -186,7 +191,8 @@ def _write_report(run: Run, report, compression) -> None:
     notes = ''.join(f'<p>{note}</p>' for note in compression.bundle.record.notes)
     hardware = compression.bundle.record.machine
     notes += f'<p class="note">Measured on {hardware["processor"]}, {hardware["cores"]} cores.</p>'
-    write_text(run.report, report_html(report, pd.read_csv(run.log), [('Runtimes', table_html(table) + notes)]))
+    sections = [('Runtimes', table_html(table) + notes)]
+    write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
 
 
 def _summary(run: Run, report, compression, task) -> dict:
@@ -196,11 +202,13 @@ def _summary(run: Run, report, compression, task) -> dict:
     runtimes = compression.bundle.record.runtimes
     accuracy = report.metrics['accuracy']
     asked = requirements(task, values, runtimes['onnx'].latency_ms, runtimes['onnx'].bytes / 1e6)
-    return dict(accuracy=accuracy.value, accuracy_ci=[accuracy.low, accuracy.high], test_images=len(report.targets),
-                metrics={name: asdict(estimate) for name, estimate in report.metrics.items()}, run=str(run.folder),
+    return dict(accuracy=accuracy.value, accuracy_ci=[accuracy.low, accuracy.high],
+                test_images=len(report.targets), run=str(run.folder),
+                metrics={name: asdict(estimate) for name, estimate in report.metrics.items()},
                 bundle=str(run.bundle), report=str(run.report), requirements=[asdict(r) for r in asked],
                 runtimes={name: r.model_dump() for name, r in runtimes.items()},
-                int8=dict(kept=compression.kept, validation_loss=compression.loss, **compression.runtime.model_dump()),
+                int8=dict(kept=compression.kept, validation_loss=compression.loss,
+                          **compression.runtime.model_dump()),
                 runtime_table=_runtime_rows(compression))
 
 # %% ../nbs/21_cli.ipynb #44b0ed31
@@ -216,7 +224,7 @@ def _print_summary(run: Run, summary: dict) -> None:
     print(f'Report: {summary["report"]}   ({summary["seconds"]:.0f} s in all)')
     print(f'Next:   imgcls serve {shlex.quote(summary["bundle"])}')
 
-# %% ../nbs/21_cli.ipynb #27b99adc
+# %% ../nbs/21_cli.ipynb #9c760d4e
 def data_command(args: argparse.Namespace) -> int:
     "`imgcls data SOURCE`: what is in it, and what is wrong with it."
     from imgcls_nb.data import load_images
@@ -225,7 +233,6 @@ def data_command(args: argparse.Namespace) -> int:
     with screen.bar('check') as progress: data = data.scan(progress)
     findings = data.check()
     if args.out:
-        from imgcls_nb.run import whole_or_absent
         with whole_or_absent(args.out) as partial: data.table().to_csv(partial, index=False)
     if args.json: print(json.dumps([finding.as_dict() for finding in findings], ensure_ascii=False, indent=2))
     else: _print_findings(data, findings, args.all)
@@ -240,11 +247,12 @@ def _print_findings(data, findings, everything: bool) -> None:
     for kind in dict.fromkeys(finding.kind for finding in findings):
         of_kind = [finding for finding in findings if finding.kind == kind]
         shown = of_kind if everything else of_kind[:5]
-        print_table([[f.image, f.evidence, f.remedy] for f in shown], [kind, 'evidence', 'what to do'], f'{len(of_kind)} × {kind}')
+        rows = [[finding.image, finding.evidence, finding.remedy] for finding in shown]
+        print_table(rows, [kind, 'evidence', 'what to do'], f'{len(of_kind)} × {kind}')
         if len(shown) < len(of_kind): print(f'  … and {len(of_kind) - len(shown)} more (--all shows them)')
     if not findings: print('Nothing wrong found.')
 
-# %% ../nbs/21_cli.ipynb #0f63d80e
+# %% ../nbs/21_cli.ipynb #7e5f55b3
 def _image_paths(names: list[str]) -> Iterator[str]:
     "Files as they are, folders file by file, `-` for a list of paths on standard input."
     for name in names:
@@ -266,16 +274,21 @@ def predict_command(args: argparse.Namespace) -> int:
         try: prediction = predictor(path, top=args.top)
         except InputError as error:
             failed += 1
-            if args.json: print(json.dumps(dict(image=path, error=str(error)), ensure_ascii=False), flush=True)
+            if args.json: _print_line(dict(image=path, error=str(error)))
             print(f'imgcls: {path} {error}', file=sys.stderr)
             continue
-        if args.json: print(json.dumps(dict(image=path, **prediction.as_dict()), ensure_ascii=False), flush=True)
+        if args.json: _print_line(dict(image=path, **prediction.as_dict()))
         else: rows.append([path, prediction.label, f'{prediction.probability:.1%}',
                            ', '.join(f'{label} {p:.1%}' for label, p in prediction.top[1:])])
         if args.sort_into: _copy_by_class(Path(path), Path(args.sort_into)/prediction.label)
     if count == 0: raise InputError(f'No images in {", ".join(args.images)}.')
     if rows: print_table(rows, ['image', 'label', 'probability', 'next'])
     return 1 if failed else 0
+
+
+def _print_line(value: dict) -> None:
+    "One JSON object, at once."
+    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def _copy_by_class(path: Path, folder: Path) -> None:
@@ -292,24 +305,25 @@ def serve_command(args: argparse.Namespace) -> int:
     serve(args.bundle, args.host, args.port, args.runtime)
     return 0
 
-# %% ../nbs/21_cli.ipynb #4d6d2bb7
+# %% ../nbs/21_cli.ipynb #a54c49eb
 def _add_run(commands) -> None:
     "Options of `imgcls run`."
-    p = commands.add_parser('run', help='check, split, train, evaluate, export, compress, report', formatter_class=_Format,
-                            epilog='examples:\n  imgcls run digits\n  imgcls run photos --epochs 5 --target 0.95 --strict')
+    examples = 'examples:\n  imgcls run digits\n  imgcls run photos --epochs 5 --target 0.95 --strict'
+    p = commands.add_parser('run', help='check, split, train, evaluate, export, compress, report',
+                            formatter_class=_Format, epilog=examples)
     p.add_argument('source', help='digits, textures, or a folder with one folder per class')
-    p.add_argument('--arch', help='small_cnn, tf_efficientnet_lite0, or any timm model (default: chosen for the data)')
+    p.add_argument('--arch', help='small_cnn, or any timm model (default: chosen for the data)')
     p.add_argument('--from-scratch', action='store_true', help='do not start from pretrained weights')
     p.add_argument('--epochs', type=_positive, help='passes over the training images')
     p.add_argument('--learning-rate', type=float, help='the highest of the schedule')
     p.add_argument('--size', type=_positive, help='side of the input in pixels')
     p.add_argument('--batch-size', type=_positive, help='images in one step (default: chosen for the data)')
-    p.add_argument('--augment', help='digits, photos, textures or none (default: the one for this kind of data)')
+    p.add_argument('--augment', help='digits, photos, textures or none (default: by kind of data)')
     p.add_argument('--seed', type=int, default=0, help='of the split, the weights and the order')
     p.add_argument('--name', help='name of the run (default: the name of the source)')
     p.add_argument('--runs', default='runs', help='folder that holds the runs')
-    p.add_argument('--metric', default='accuracy', help='accuracy, balanced_accuracy, f1_macro or auroc_macro')
-    p.add_argument('--target', type=float, help='the least value of the metric that is good enough, such as 0.98')
+    p.add_argument('--metric', default='accuracy', help='or balanced_accuracy, f1_macro, auroc_macro')
+    p.add_argument('--target', type=float, help='the least value of the metric that will do, such as 0.98')
     p.add_argument('--latency-ms', type=float, help='the longest acceptable median time for one image')
     p.add_argument('--size-mb', type=float, help='the largest acceptable model file')
     p.add_argument('--strict', action='store_true', help='end with exit code 1 if the task is not met')
@@ -319,8 +333,8 @@ def _add_run(commands) -> None:
 
 def _add_data(commands) -> None:
     "Options of `imgcls data`."
-    p = commands.add_parser('data', help='what is in a source, and what is wrong with it', formatter_class=_Format,
-                            epilog='example:\n  imgcls data photos --out photos.csv')
+    p = commands.add_parser('data', help='what is in a source, and what is wrong with it',
+                            formatter_class=_Format, epilog='example:\n  imgcls data photos --out photos.csv')
     p.add_argument('source', help='digits, textures, or a folder with one folder per class')
     p.add_argument('--out', help='write the table, with what was set aside and why, to this CSV file')
     p.add_argument('--all', action='store_true', help='show every finding, not five of each kind')
@@ -352,7 +366,7 @@ def _add_serve(commands) -> None:
     p.add_argument('--runtime', default='onnx', help='onnx or onnx-int8')
     p.set_defaults(command=serve_command)
 
-# %% ../nbs/21_cli.ipynb #38fd211b
+# %% ../nbs/21_cli.ipynb #ceab7d04
 class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     "Examples keep their lines; defaults are shown."
     def _get_help_string(self, action):
@@ -361,32 +375,36 @@ class _Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHel
 
 def _positive(text: str) -> int:
     "A whole number above zero."
-    if not text.isdecimal() or int(text) == 0: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number above 0')
     return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
     "The `imgcls` command's arguments."
     from imgcls_nb import __version__
-    parser = argparse.ArgumentParser('imgcls', formatter_class=_Format, epilog='example:\n  imgcls run digits',
-                                     description='From a folder of photos to a served, trustworthy image classifier.')
+    about = 'From a folder of photos to a served, trustworthy image classifier.'
+    parser = argparse.ArgumentParser('imgcls', description=about, formatter_class=_Format,
+                                     epilog='example:\n  imgcls run digits')
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
     for add in (_add_run, _add_data, _add_predict, _add_serve): add(commands)
     return parser
 
-# %% ../nbs/21_cli.ipynb #84ff9d22
+# %% ../nbs/21_cli.ipynb #8136a083
 def _explain(error: BaseException) -> tuple[str, int]:
     "One sentence for a person, and the exit code."
     if isinstance(error, ImgclsError): return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt): return 'interrupted.', 130
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f'the disk is full ({error.strerror}: {error.filename or "while writing"}). Free some space and try again.', 1
+        where = error.filename or 'while writing'
+        return f'the disk is full ({error.strerror}: {where}). Free some space and try again.', 1
     if isinstance(error, OSError): return f'{error.filename or "a file"}: {error.strerror or error}.', 1
     if isinstance(error, MemoryError): return 'out of memory. Try a smaller --batch-size or --size.', 1
     text = ' '.join(str(error).split()) or 'no message'
-    return f'unexpected {type(error).__name__}: {text[:300]} (imgcls --debug shows where; please report it).', 1
+    kind = type(error).__name__
+    return f'unexpected {kind}: {text[:300]} (imgcls --debug shows where; please report it).', 1
 
 
 def main(argv: list[str] | None = None) -> int:

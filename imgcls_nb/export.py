@@ -7,7 +7,7 @@ Docs: https://imgcls.github.io/imgcls_nb/export.html.md"""
 # %% auto #0
 __all__ = ['PixelsToProbabilities', 'to_onnx', 'ExportError', 'compare_probabilities', 'prove', 'measure_runtime', 'export']
 
-# %% ../nbs/09_export.ipynb #3c8b9b12
+# %% ../nbs/09_export.ipynb #7da5a1fc
 import contextlib
 import datetime as dt
 import io
@@ -24,8 +24,9 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from .bundle import (Bundle, BundleRecord, Figure, Parity, Runtime, measure_latency, open_session, run_session,
-                              write_bundle)
+from .bundle import (Bundle, BundleRecord, Figure, Parity, Runtime, measure_latency, open_session,
+                              run_session, write_bundle)
+from .data import SPLITS
 from .evaluate import Report, wilson_interval
 from .image import Preprocessing
 from .run import ImgclsError, versions
@@ -49,7 +50,7 @@ class PixelsToProbabilities(nn.Module):
         x = pixels.permute(0, 3, 1, 2).float() / 255
         return self.model((x - self.mean) / self.std).softmax(1)
 
-# %% ../nbs/09_export.ipynb #9074c2e9
+# %% ../nbs/09_export.ipynb #0143e281
 @contextlib.contextmanager
 def _quiet():
     "Keep the exporter's progress messages and warnings off the page."
@@ -62,21 +63,33 @@ def _quiet():
     finally: logging.disable(level)
 
 
+def _without_remarks(proto: onnx.ModelProto) -> onnx.ModelProto:
+    "Take out what the exporter notes about the source code: paths of this machine among it."
+    graph = proto.graph
+    ports = (*graph.input, *graph.output, *graph.value_info)
+    for part in (proto, graph, *graph.node, *ports, *graph.initializer):
+        part.doc_string = ''
+        del part.metadata_props[:]
+    return proto
+
+# %% ../nbs/09_export.ipynb #314294eb
 def to_onnx(
-    model: nn.Module,  # takes normalised `float32 [N, C, H, W]`, gives logits
+    model: nn.Module,  # takes normalised `float32 [N, C, H, W]`, gives logits; it stays as it is
     preprocessing: Preprocessing,  # size, mean and deviation
 ) -> bytes:  # an ONNX file: input `pixels` uint8 `[N, H, W, C]`, output `probabilities` float32 `[N, K]`
-    "Convert with PyTorch's own exporter, for any batch size, and check the result."
+    "Convert with PyTorch's own exporter, for any batch size, and check that the result is valid."
     p = preprocessing
-    whole = PixelsToProbabilities(model, p).cpu().float().eval()
+    whole = PixelsToProbabilities(deepcopy(model).cpu().float(), p).eval()
     example = torch.zeros(2, p.height, p.width, p.channels, dtype=torch.uint8)
     with _quiet():
-        program = torch.onnx.export(whole, (example,), dynamo=True, input_names=['pixels'], output_names=['probabilities'],
-                                    dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
-    onnx.checker.check_model(program.model_proto)
-    return program.model_proto.SerializeToString()
+        program = torch.onnx.export(whole, (example,), dynamo=True, verbose=False, input_names=['pixels'],
+                                    output_names=['probabilities'],
+                                    dynamic_shapes=({0: torch.export.Dim('batch')},))
+    proto = _without_remarks(program.model_proto)
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
 
-# %% ../nbs/09_export.ipynb #e983e1f2
+# %% ../nbs/09_export.ipynb #fb064a13
 class ExportError(ImgclsError):
     "The exported model does not do what the trained one does; nothing was written."
 
@@ -86,16 +99,20 @@ def compare_probabilities(
     found: np.ndarray,  # of the exported one, `[N, K]`
 ) -> Parity:
     "How far two sets of answers to the same images are apart."
+    difference = np.nan_to_num(np.abs(expected - found), nan=1.0)
     same = int((expected.argmax(1) == found.argmax(1)).sum())
-    return Parity(images=len(expected), max_difference=float(np.abs(expected - found).max()), same_class=same)
+    return Parity(images=len(expected), max_difference=float(difference.max()), same_class=same)
 
-
-def prove(parity: Parity, tolerance: float = 1e-4) -> Parity:
+# %% ../nbs/09_export.ipynb #35b08eb7
+def prove(
+    parity: Parity,  # from `compare_probabilities`
+    tolerance: float = 1e-4,  # the largest difference of a probability that rounding can explain
+) -> Parity:  # the same
     "The parity itself; raises `ExportError` with the figures if it is not close enough."
     if parity.max_difference <= tolerance and parity.same_class == parity.images: return parity
     raise ExportError(f'The exported model disagrees with the trained one on {parity.images} held-out images: '
-                      f'probabilities differ by up to {parity.max_difference:.2g} (allowed: {tolerance:g}), and the class '
-                      f'differs on {parity.images - parity.same_class}. No bundle was written.')
+                      f'probabilities differ by up to {parity.max_difference:.2g} (allowed: {tolerance:g}), the '
+                      f'class on {parity.images - parity.same_class}. No bundle was written.')
 
 # %% ../nbs/09_export.ipynb #9ad7befc
 def measure_runtime(
@@ -113,14 +130,38 @@ def measure_runtime(
     return Runtime(file=file, bytes=len(data), parity=compare_probabilities(expected, found),
                    accuracy=Figure(**asdict(accuracy)), latency_ms=median, latency_ms_p95=p95)
 
-# %% ../nbs/09_export.ipynb #758f5903
+# %% ../nbs/09_export.ipynb #58aa1955
+def _jsonable(fields: dict) -> dict:
+    "Tuples become lists, as JSON has them."
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+
+
 def _data_facts(report: Report) -> dict:
     "What the card says about the data."
     data = report.data
-    counts = {split: int(n) for split, n in data.items['split'].value_counts().items()}
-    return dict(name=data.name, images=counts, fingerprint=data.fingerprint(), **data.facts)
+    counts = {split: len(data.where(split)) for split in SPLITS}
+    facts = {key: str(value) for key, value in data.facts.items()}
+    return dict(facts, name=data.name, images=counts, fingerprint=data.fingerprint())
 
 
+def _notes(report: Report) -> list[str]:
+    "What a reader of the card should know."
+    if len(set(report.answers.tolist())) > 1: return []
+    return ['Every test image gets the same answer, so the proof that the export is right is empty.']
+
+# %% ../nbs/09_export.ipynb #bbe1764c
+def _bundle_record(learn: Learner, report: Report, task: Task, runtime: Runtime) -> BundleRecord:
+    "Everything that is known about a trained learner and its first runtime."
+    metrics = {name: Figure(**asdict(estimate)) for name, estimate in report.metrics.items()
+               if np.isfinite([estimate.value, estimate.low, estimate.high]).all()}
+    return BundleRecord(
+        name=report.data.name, created=dt.datetime.now(dt.timezone.utc).isoformat(timespec='seconds'),
+        task=_jsonable(asdict(task)), preprocessing=learn.dls[2].dataset.preprocessing.as_dict(),
+        architecture=learn.recipe['architecture'], metrics=metrics, data=_data_facts(report),
+        recipe=_jsonable(learn.recipe), versions=versions(), machine=_jsonable(machine().as_dict()),
+        runtimes=dict(onnx=runtime), notes=_notes(report), checksums={})
+
+# %% ../nbs/09_export.ipynb #28154d8b
 def export(
     learn: Learner,  # trained, from `image_learner`
     report: Report,  # from `evaluate(learn)`: held-out images and the trained model's answers
@@ -128,17 +169,10 @@ def export(
     task: Task | None = None,  # what was asked for; the classes alone by default
 ) -> Bundle:
     "Convert, prove on every test image, and write the bundle; a model that cannot be proven is not written."
-    dataset, task = learn.dls[2].dataset, task or Task(report.data.classes)
-    preprocessing = dataset.preprocessing
+    preprocessing = learn.dls[2].dataset.preprocessing
     pixels = report.data.pixels(report.rows, preprocessing)
-    model = deepcopy(learn.model).cpu().eval()
-    data = to_onnx(model, preprocessing)
+    data = to_onnx(learn.model, preprocessing)
     runtime = measure_runtime('model.onnx', data, pixels, report.probabilities, report.targets)
     prove(runtime.parity)
-    record = BundleRecord(
-        name=report.data.name, created=dt.datetime.now(dt.timezone.utc).isoformat(timespec='seconds'),
-        task={**asdict(task), 'classes': list(task.classes)}, preprocessing=preprocessing.as_dict(),
-        architecture=learn.recipe['architecture'], metrics={k: Figure(**asdict(v)) for k, v in report.metrics.items()},
-        data=_data_facts(report), recipe=learn.recipe, versions=versions(), machine=machine().as_dict(),
-        runtimes={'onnx': runtime}, checksums={})
-    return write_bundle(folder, record, {'model.onnx': data, 'model.safetensors': model_bytes(model)})
+    record = _bundle_record(learn, report, task or Task(report.data.classes), runtime)
+    return write_bundle(folder, record, {'model.onnx': data, 'model.safetensors': model_bytes(learn.model)})

@@ -1,4 +1,4 @@
-"""One safe way to open a picture, and one way to prepare it for a network
+"""One safe way to open a picture, and one way to turn it into a network's input
 
 Docs: https://imgcls.github.io/imgcls_nb/images.html.md"""
 
@@ -8,14 +8,19 @@ Docs: https://imgcls.github.io/imgcls_nb/images.html.md"""
 __all__ = ['INTERPOLATIONS', 'ImageError', 'Limits', 'open_image', 'ImageInfo', 'image_info', 'Preprocessing', 'to_pixels',
            'normalize', 'load_pixels']
 
-# %% ../nbs/01_images.ipynb #6fda5291
+# %% ../nbs/01_images.ipynb #13714b7e
 import io
+import operator
+import re
+import stat
+import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from .run import InputError
 
@@ -26,215 +31,338 @@ class ImageError(InputError):
         super().__init__(message)
         self.kind = kind
 
-# %% ../nbs/01_images.ipynb #8d7aedd5
+# %% ../nbs/01_images.ipynb #ddbe5a94
 @dataclass(frozen=True)
 class Limits:
     "What is refused before it costs anything."
     max_bytes: int = 100_000_000  # size of the file
     max_pixels: int = 100_000_000  # width times height, read from the header
     formats: tuple[str, ...] = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF')  # by content, not by name
+    max_scans: int = 100  # passes over the picture in a progressive JPEG; usual files have about ten
 
-# %% ../nbs/01_images.ipynb #58bc78fc
+# %% ../nbs/01_images.ipynb #577c2dec
+def _read_file(path: Path, limits: Limits) -> bytes:
+    "A regular file's bytes; one byte more than the limit at most."
+    try: status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, 'strerror', None) or error
+        raise ImageError('missing', f'cannot be opened: {reason}') from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError('unreadable', 'is a folder or a device, not a file')
+    _check_length(status.st_size, limits)
+    try:
+        with path.open('rb') as file: return file.read(limits.max_bytes + 1)
+    except OSError as error: raise ImageError('unreadable', f'cannot be read: {error.strerror}') from error
+
+# %% ../nbs/01_images.ipynb #046e8396
+def _check_length(length: int, limits: Limits) -> None:
+    "Refuse an empty file and one that is larger than the limit."
+    if length == 0: raise ImageError('empty', 'is empty (zero bytes)')
+    if length > limits.max_bytes:
+        raise ImageError('too_many_bytes', f'is {length:,} bytes; the limit is {limits.max_bytes:,}')
+
+
 def _read(source: bytes | str | Path, limits: Limits) -> bytes:
     "The bytes of a file or of memory, refused if empty or larger than the limit."
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        try: size = path.stat().st_size
-        except OSError as error: raise ImageError('missing', f'cannot be opened: {error.strerror}') from error
-        if size <= limits.max_bytes:
-            try: source = path.read_bytes()
-            except OSError as error: raise ImageError('unreadable', f'cannot be read: {error.strerror}') from error
-    size = size if isinstance(source, (str, Path)) else len(source)
-    if size > limits.max_bytes:
-        raise ImageError('too_many_bytes', f'is {size:,} bytes; the limit is {limits.max_bytes:,}')
-    if size == 0: raise ImageError('empty', 'is empty (zero bytes)')
-    return source
+    data = _read_file(Path(source), limits) if isinstance(source, (str, Path)) else source
+    _check_length(len(data), limits)
+    return data
 
-# %% ../nbs/01_images.ipynb #7fd99317
+# %% ../nbs/01_images.ipynb #daf9ba51
+_WARNINGS = threading.Lock()  # Python's warning filters are one for the whole process, not one a thread
+
+
+@contextmanager
+def _quietly():
+    "Silence Pillow's warnings about odd metadata and large pictures: what matters is raised, not warned of."
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+
+def _failure(error: Exception, what: str) -> ImageError:
+    "A decoder's complaint as an `ImageError`: the file is cut off, or damaged in another way."
+    reason = str(error) or type(error).__name__
+    if 'truncated' in reason.lower() or 'end of' in reason.lower():
+        return ImageError('truncated', 'is cut off: the file ends too early')
+    return ImageError('damaged', f'{what} ({reason})')
+
+# %% ../nbs/01_images.ipynb #081c8bfe
+_LONGEST_SIDE = 2**24 - 1  # Pillow's resampling counts pixels in 32-bit floating point, exact up to here
+
+
 def _open_header(data: bytes, limits: Limits) -> Image.Image:
     "Identify the format by its content and check the size that the header claims; no pixel is decoded."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # Pillow warns of large images; the limit below decides instead
-        try: image = Image.open(io.BytesIO(data), formats=limits.formats)
-        except Image.DecompressionBombError as error:
-            raise ImageError('too_many_pixels', f'claims more than {limits.max_pixels:,} pixels') from error
-        except Image.UnidentifiedImageError as error:
-            raise ImageError('not_an_image', f'is not an image in one of {", ".join(limits.formats)}') from error
-        except Exception as error:  # a damaged header raises whatever its format's reader trips over
-            raise ImageError('damaged', f'has a damaged header ({error})') from error
-    if image.width * image.height > limits.max_pixels:
+    try:
+        with _quietly(): image = Image.open(io.BytesIO(data), formats=limits.formats)
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which the whole process shares
+        most = min(limits.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or limits.max_pixels))
+        raise ImageError('too_many_pixels', f'claims more than {most:,} pixels') from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError('not_an_image', f'is not an image in one of {", ".join(limits.formats)}') from error
+    except Exception as error:  # a damaged header raises whatever its format's reader trips over
+        raise _failure(error, 'has a damaged header') from error
+    if image.width * image.height > limits.max_pixels or max(image.size) > _LONGEST_SIDE:
         raise ImageError('too_many_pixels', f'is {image.width} × {image.height} pixels; '
                                             f'the limit is {limits.max_pixels:,} in all')
     return image
 
-# %% ../nbs/01_images.ipynb #c5dafe5d
-def _decode(image: Image.Image) -> Image.Image:
-    "Decode the first frame; a damaged or cut-off file raises `ImageError`."
-    try:
-        image.load()
-    except Exception as error:
-        cut = 'truncated' in str(error).lower() or 'end of' in str(error).lower()
-        raise ImageError('truncated' if cut else 'damaged',
-                         'is cut off: the file ends too early' if cut else f'cannot be decoded ({error})') from error
+# %% ../nbs/01_images.ipynb #10a4f21c
+_MARKER = re.compile(rb'\xff[\x02-\xcf\xd8-\xfe]')  # all but stuffed bytes, restarts and padding
+
+
+def _count_scans(data: bytes, most: int) -> int:
+    "How many scans a JPEG has; counting stops just above `most`."
+    scans, position = 0, 2
+    while scans <= most and (marker := _MARKER.search(data, position)):
+        code, start = data[marker.start() + 1], marker.end()
+        if code == 0xD9: break  # the end of the picture; phones append videos behind it
+        scans += code == 0xDA
+        position = start + int.from_bytes(data[start:start + 2], 'big')
+    return scans
+
+# %% ../nbs/01_images.ipynb #e6a69ea8
+def _decode(data: bytes, limits: Limits) -> Image.Image:
+    "Check the header, then decode the first frame; a damaged or cut-off file raises `ImageError`."
+    image = _open_header(data, limits)
+    if image.format in ('JPEG', 'MPO') and _count_scans(data, limits.max_scans) > limits.max_scans:
+        raise ImageError('too_many_scans', f'is a JPEG of more than {limits.max_scans} scans')
+    return _loaded(image)
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    "The same image with its pixels decoded."
+    try: image.load()
+    except Exception as error: raise _failure(error, 'cannot be decoded') from error
     return image
 
-# %% ../nbs/01_images.ipynb #185e7860
-def _upright(image: Image.Image) -> Image.Image:
-    "Apply the EXIF rotation; an unreadable EXIF block is the same as none."
-    try: return ImageOps.exif_transpose(image)
-    except Exception: return image
+# %% ../nbs/01_images.ipynb #1cfcc4f1
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+          7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
-# %% ../nbs/01_images.ipynb #92b06b52
-def _to_srgb(image: Image.Image) -> Image.Image:
-    "Convert from an embedded ICC profile to sRGB; an unusable profile is ignored."
-    profile = image.info.get('icc_profile')
-    if not profile or image.mode not in ('RGB', 'CMYK', 'L'): return image
+
+def _orientation(image: Image.Image) -> int:
+    "The EXIF orientation, 1 to 8; an unreadable EXIF block is the same as none."
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = 'L' if image.mode == 'L' else 'RGB'
-        if mode == 'L': return image
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile('sRGB'), outputMode=mode) or image
-    except (ImageCms.PyCMSError, OSError, ValueError): return image
+        with _quietly(): return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception: return 1
 
-# %% ../nbs/01_images.ipynb #d59a505a
+
+def _upright(image: Image.Image) -> Image.Image:
+    "Turn or mirror as EXIF asks."
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+# %% ../nbs/01_images.ipynb #5d465dde
+def _grey_range(values: np.ndarray, floating: bool) -> tuple[float, float]:
+    "What black and white are: the smallest usual range that holds all values, or their own extremes."
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    slack = 0.1 if floating else 0.0  # resampling overshoots a little
+    for top in (1.0, 255.0) if floating else (1.0, 255.0, 65535.0):
+        if low >= -slack * abs(high) and high <= (1 + slack) * top: return 0.0, top
+    return low, high
+
+# %% ../nbs/01_images.ipynb #2d7b79bd
 def _to_8_bit(image: Image.Image) -> Image.Image:
     "Scale 16-bit, 32-bit and floating-point grey to 0–255."
-    values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values, nan=0.0, posinf=values[np.isfinite(values)].max(initial=0.0), neginf=0.0)
-    if image.mode == 'F': top = 1.0 if values.max() <= 1 else 255.0 if values.max() <= 255 else values.max()
-    else: top = 255.0 if image.mode == 'I' and values.max() <= 255 else 65535.0
-    return Image.fromarray(np.clip(values / top * 255, 0, 255).round().astype(np.uint8))
+    values = np.array(image, dtype=np.float32)
+    black, white = _grey_range(values, image.mode == 'F')
+    tags = getattr(image, 'tag_v2', {})  # TIFF alone
+    if tags.get(258) == (12,): white = 4095.0  # bits in a sample
+    if tags.get(262) == 0: black, white = white, black  # "white is zero", as in many X-rays
+    scale = 255 / (white - black or 1)
+    with np.errstate(invalid='ignore', over='ignore'):  # NaN and infinity are dealt with in the next line
+        values *= scale
+        values -= black * scale
+    np.nan_to_num(values, copy=False, nan=0, posinf=255, neginf=0)
+    scaled = Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
+    scaled.info = {key: value for key, value in image.info.items() if key != 'transparency'}
+    return scaled
 
-# %% ../nbs/01_images.ipynb #a2eb3563
+# %% ../nbs/01_images.ipynb #0ba0997a
 def _on_white(image: Image.Image) -> Image.Image:
-    "Lay a picture with transparency on white, as a browser shows it on a page."
-    image = image.convert('RGBA')
+    "Lay an `RGBA` picture on white, as a browser shows it on a page."
+    invisible = image.getchannel('A').getextrema()[1] == 0
+    if invisible: return image.convert('RGB')  # some programs write no alpha at all as alpha 0 everywhere
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
+# %% ../nbs/01_images.ipynb #784d469f
+def _to_plain_mode(image: Image.Image) -> Image.Image:
+    "Any Pillow mode as one of `L`, `RGB`, `RGBA` and `CMYK`, 8 bits a channel; metadata is kept."
+    if image.mode == 'F' or image.mode.startswith('I'): return _to_8_bit(image)
+    transparent = image.mode in ('LA', 'PA', 'RGBA', 'RGBa') or 'transparency' in image.info
+    if transparent: return image.convert('RGBA')
+    return image if image.mode in ('L', 'RGB', 'CMYK') else image.convert('RGB')
 
+# %% ../nbs/01_images.ipynb #74821f3f
+def _to_srgb(image: Image.Image) -> Image.Image:
+    "Convert from an embedded ICC profile to sRGB; an unusable profile is ignored, as is a grey one."
+    profile = image.info.get('icc_profile')
+    if not profile or image.mode not in ('RGB', 'RGBA', 'CMYK'): return image
+    mode = 'RGBA' if image.mode == 'RGBA' else 'RGB'
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        target = ImageCms.createProfile('sRGB')
+        return ImageCms.profileToProfile(image, source, target, outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError): return image
+
+# %% ../nbs/01_images.ipynb #48de2613
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    "Bring any Pillow mode to `RGB` or `L`."
-    if image.mode in ('LA', 'PA', 'La', 'RGBA', 'RGBa') or 'transparency' in image.info: image = _on_white(image)
-    elif image.mode == 'F' or image.mode.startswith('I'): image = _to_8_bit(image)
-    return image if image.mode == mode else image.convert('RGB').convert(mode)
+    "A decoded image of any kind, upright, in sRGB, on white, in `mode`."
+    try:
+        image = _to_srgb(_upright(_to_plain_mode(image)))
+        if image.mode == 'RGBA': image = _on_white(image)
+        return image if image.mode == mode else image.convert('RGB').convert(mode)
+    except Exception as error:
+        raise ImageError('damaged', f'cannot be converted to {mode} ({error})') from error
 
-# %% ../nbs/01_images.ipynb #10a95161
+
 def open_image(
     source: bytes | str | Path,  # a path, or a file's bytes
     mode: str = 'RGB',  # 'RGB' for colour, 'L' for grey
     limits: Limits = Limits(),  # what to refuse
 ) -> Image.Image:  # upright, 8 bits a channel, in `mode`
     "Open one image safely: the only way in for training, export and the service."
-    image = _decode(_open_header(_read(source, limits), limits))
-    try: return _to_mode(_to_srgb(_upright(image)), mode)
-    except Exception as error:
-        raise ImageError('damaged', f'cannot be converted to {mode} ({error})') from error
+    return _to_mode(_decode(_read(source, limits), limits), mode)
 
-# %% ../nbs/01_images.ipynb #e5062c9b
+# %% ../nbs/01_images.ipynb #638a75bf
 @dataclass(frozen=True)
 class ImageInfo:
     "What a file's header says."
     format: str  # as Pillow names it: JPEG, PNG, …
     mode: str  # pixel mode as stored: 1, L, LA, P, RGB, RGBA, CMYK, I;16, F, …
-    width: int  # pixels, as stored (before any EXIF rotation)
+    width: int  # pixels, as stored (before any EXIF rotation, except in TIFF)
     height: int  # pixels, as stored
     frames: int  # more than 1 for an animation or a multi-page file
     rotated: bool  # whether EXIF asks for a rotation
 
 
+def _count_frames(image: Image.Image) -> int:
+    "How many pictures the file holds; 1 where they cannot be counted."
+    try:
+        with _quietly(): return getattr(image, 'n_frames', 1)
+    except Exception: return 1
+
+# %% ../nbs/01_images.ipynb #f37c264f
 def image_info(
     source: bytes | str | Path,  # a path, or a file's bytes
     limits: Limits = Limits(),  # what to refuse
 ) -> ImageInfo:
     "Read the header alone; raises `ImageError` as `open_image` does."
     image = _open_header(_read(source, limits), limits)
-    try: orientation = image.getexif().get(0x0112, 1)
-    except Exception: orientation = 1
-    return ImageInfo(image.format, image.mode, image.width, image.height, getattr(image, 'n_frames', 1),
-                     orientation in range(2, 9))
+    rotated = _orientation(image) in _TURNS
+    return ImageInfo(image.format, image.mode, image.width, image.height, _count_frames(image), rotated)
 
-# %% ../nbs/01_images.ipynb #e4ef19e5
-INTERPOLATIONS = {name.lower(): getattr(Image.Resampling, name) for name in ('NEAREST', 'BILINEAR', 'BICUBIC', 'LANCZOS')}
+# %% ../nbs/01_images.ipynb #14f56781
+INTERPOLATIONS = {name: getattr(Image.Resampling, name.upper())
+                  for name in ('nearest', 'bilinear', 'bicubic', 'lanczos')}
 
-
+# %% ../nbs/01_images.ipynb #d62fd238
 @dataclass(frozen=True)
 class Preprocessing:
-    "How a picture becomes the numbers a network sees: the same in training, in the exported graph and in the service."
+    "How a picture becomes the numbers a network sees: the same in training, export and service."
     height: int  # pixels that the network takes
     width: int  # pixels that the network takes
     channels: int = 3  # 3 for RGB, 1 for grey
-    fit: str = 'crop'  # 'crop': shorter side to size, cut the centre; 'squash': both sides to size; 'pad': longer side
+    fit: str = 'crop'  # 'crop': cut the centre; 'squash': both sides to size; 'pad': all of it on black
     crop_fraction: float = 1.0  # with 'crop': how much of the shorter side is kept, 0 to 1
     interpolation: str = 'bilinear'  # one of `INTERPOLATIONS`
     mean: tuple[float, ...] = (0.5,)  # of each channel, on the scale 0 to 1; one value serves all channels
     std: tuple[float, ...] = (0.5,)  # likewise
 
     def __post_init__(self):
-        for name in ('mean', 'std'): object.__setattr__(self, name, _per_channel(getattr(self, name), self.channels))
+        for name in ('height', 'width', 'channels'):
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
+        for name in ('mean', 'std'):
+            object.__setattr__(self, name, _per_channel(getattr(self, name), self.channels))
         _check_preprocessing(self)
 
     @property
     def mode(self) -> str: return 'L' if self.channels == 1 else 'RGB'
-
-    def as_dict(self) -> dict: return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
+    def as_dict(self) -> dict:
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
     def __call__(self, image: Image.Image) -> np.ndarray: return to_pixels(image, self)
 
-# %% ../nbs/01_images.ipynb #a5c19e91
+# %% ../nbs/01_images.ipynb #059a4d16
+_LARGEST_INPUT = 8192  # pixels a side; a damaged record must not ask for all memory
+
+
 def _per_channel(values, channels: int) -> tuple[float, ...]:
     "One number a channel; a single number is repeated."
-    values = tuple(float(value) for value in values)
+    values = tuple(float(value) for value in np.atleast_1d(values))
     return values * channels if len(values) == 1 else values
 
 
+def _usable(p: Preprocessing) -> bool:
+    "Whether mean and deviation have one finite number a channel."
+    if not len(p.mean) == len(p.std) == p.channels: return False
+    return bool(np.isfinite(p.mean + p.std).all()) and min(p.std) > 0
+
+# %% ../nbs/01_images.ipynb #647ed490
 def _check_preprocessing(p: Preprocessing) -> None:
     "Raise `InputError` for a specification that no image could follow."
-    if p.channels not in (1, 3): raise InputError(f'Preprocessing takes 1 or 3 channels, not {p.channels}.')
-    if min(p.height, p.width) < 1: raise InputError(f'An image of {p.width} × {p.height} pixels has no pixels.')
-    if p.fit not in ('crop', 'squash', 'pad'): raise InputError(f'Unknown fit {p.fit!r}: crop, squash or pad.')
-    if not 0 < p.crop_fraction <= 1: raise InputError(f'crop_fraction {p.crop_fraction} is not between 0 and 1.')
-    if p.interpolation not in INTERPOLATIONS:
-        raise InputError(f'Unknown interpolation {p.interpolation!r}: one of {", ".join(INTERPOLATIONS)}.')
-    if len(p.mean) != p.channels or len(p.std) != p.channels or min(p.std) <= 0:
-        raise InputError('mean and std need one number a channel, and std must be above zero.')
+    sides = p.height, p.width
+    for wrong, message in [
+        (p.channels not in (1, 3), f'Preprocessing takes 1 or 3 channels, not {p.channels}.'),
+        (min(sides) < 1, f'An image of {p.width} × {p.height} pixels has no pixels.'),
+        (max(sides) > _LARGEST_INPUT, f'A side of {max(sides)} pixels is longer than {_LARGEST_INPUT}.'),
+        (p.fit not in ('crop', 'squash', 'pad'), f'Unknown fit {p.fit!r}: crop, squash or pad.'),
+        (not 0 < p.crop_fraction <= 1, f'crop_fraction {p.crop_fraction} is not between 0 and 1.'),
+        (p.interpolation not in INTERPOLATIONS,
+         f'Unknown interpolation {p.interpolation!r}: one of {", ".join(INTERPOLATIONS)}.'),
+        (not _usable(p), 'mean and std need one finite number a channel, and std must be above zero.'),
+    ]:
+        if wrong: raise InputError(message)
 
-# %% ../nbs/01_images.ipynb #7c84b366
-def _crop_box(size: tuple[int, int], p: Preprocessing) -> tuple[float, float, float, float]:
-    "The centred part of a picture of `size` (width, height) that becomes the input: left, top, right, bottom."
+# %% ../nbs/01_images.ipynb #29d56629
+def _crop_box(size: tuple[int, int], p: Preprocessing) -> tuple[float, float, float, float] | None:
+    "The centred part of a picture of `size` (width, height) to keep: left, top, right, bottom."
+    if p.fit != 'crop': return None
     width, height = size
-    if p.fit != 'crop': return 0, 0, width, height
     scale = min(width / p.width, height / p.height) * p.crop_fraction
-    w, h = p.width * scale, p.height * scale
-    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+    left, top = max(0, width - p.width * scale) / 2, max(0, height - p.height * scale) / 2
+    return left, top, width - left, height - top
 
 
+def _pad(image: Image.Image, p: Preprocessing, resample: Image.Resampling) -> Image.Image:
+    "The whole picture in the middle of a black input; a side is never rounded away to nothing."
+    scale = min(p.width / image.width, p.height / image.height)
+    width, height = [max(1, round(side * scale)) for side in image.size]
+    canvas = Image.new(p.mode, (p.width, p.height))
+    canvas.paste(image.resize((width, height), resample), ((p.width - width) // 2, (p.height - height) // 2))
+    return canvas
+
+# %% ../nbs/01_images.ipynb #d5d77d64
 def to_pixels(
     image: Image.Image,  # as `open_image` gives it
     p: Preprocessing,  # size, channels and fit
 ) -> np.ndarray:  # `uint8 [H, W, C]`
     "Resize and crop (or squash, or pad with black) in one resampling step."
-    image = image if image.mode == p.mode else image.convert(p.mode)
+    image = image if image.mode == p.mode else _to_mode(image, p.mode)
     resample = INTERPOLATIONS[p.interpolation]
-    if p.fit == 'pad': resized = ImageOps.pad(image, (p.width, p.height), method=resample)
+    if p.fit == 'pad': resized = _pad(image, p, resample)
     else: resized = image.resize((p.width, p.height), resample, box=_crop_box(image.size, p))
     pixels = np.array(resized)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
-# %% ../nbs/01_images.ipynb #6e9ed396
+# %% ../nbs/01_images.ipynb #e996776b
 def normalize(
     pixels: np.ndarray,  # `uint8 [..., H, W, C]`
     p: Preprocessing,  # mean and std
 ) -> np.ndarray:  # `float32 [..., C, H, W]`
-    "What the exported graph does inside: scale to 0–1, subtract the mean, divide by the deviation, channels first."
+    "What the exported graph does inside: scale to 0–1, subtract mean, divide by deviation, channels first."
     scaled = pixels.astype(np.float32) / 255
     return np.moveaxis((scaled - np.float32(p.mean)) / np.float32(p.std), -1, -3)
 
-# %% ../nbs/01_images.ipynb #b63d465f
+# %% ../nbs/01_images.ipynb #03a65c66
 def load_pixels(
     source: bytes | str | Path | Image.Image,  # a path, a file's bytes, or a Pillow image
     p: Preprocessing,  # the specification
     limits: Limits = Limits(),  # what to refuse
 ) -> np.ndarray:  # `uint8 [H, W, C]`
     "From a file to the network's input in one call."
-    image = source if isinstance(source, Image.Image) else open_image(source, p.mode, limits)
-    return p(image)
+    if isinstance(source, Image.Image): return p(_to_mode(_loaded(source), p.mode))
+    return p(open_image(source, p.mode, limits))

@@ -167,7 +167,7 @@ def _claim_folder(root: Path, name: str) -> Path:
             return folder
         except FileExistsError: number += 1
 
-# %% ../nbs/20_run.ipynb #21705d6a
+# %% ../nbs/20_run.ipynb #78ac6c7f
 def create_run(
     name: str,  # the folder's name; a number is added if it is taken
     root: str | Path = 'runs',  # where runs are kept
@@ -178,12 +178,11 @@ def create_run(
     try:
         root.mkdir(parents=True, exist_ok=True)
         folder = _claim_folder(root, name)
-        run = Run(folder, dict(name=folder.name, state='running', started=_now(), versions=versions(), **facts))
-        save_record(run)
+        record = dict(name=folder.name, state='running', started=_now(), versions=versions(), **facts)
+        return save_record(Run(folder, record))
     except OSError as error:
         raise InputError(f'Cannot write a run folder in {root}: {error.strerror or error}. '
                          'Choose another place with --runs FOLDER.') from error
-    return run
 
 # %% ../nbs/20_run.ipynb #6ebc6c77
 def save_record(
@@ -207,12 +206,12 @@ def open_run(
     if not isinstance(record, dict): raise InputError(f'{path} is not the record of a run.')
     return Run(Path(folder), record)
 
-# %% ../nbs/20_run.ipynb #195cd3eb
+# %% ../nbs/20_run.ipynb #8dcc3d9c
 @contextmanager
 def recording(
     run: Run,  # the run whose record to keep
 ):
-    "While the body runs the record says `running`; afterwards `finished`, `failed` or `interrupted`, and why."
+    "Keep the record's state: `running` while the body runs, then `finished`, `failed` or `interrupted`."
     start = time.perf_counter()
     def close(state, **facts):
         save_record(run, state=state, ended=_now(), seconds=round(time.perf_counter() - start, 1), **facts)

@@ -17,10 +17,22 @@ from pathlib import Path
 
 from .run import InputError
 
-# %% ../nbs/00_task.ipynb #ca67719c
+# %% ../nbs/00_task.ipynb #ad6dff76
 METRICS = ('accuracy', 'balanced_accuracy', 'f1_macro', 'auroc_macro')
 
+# %% ../nbs/00_task.ipynb #5497e984
+def _check_task(task: 'Task') -> None:
+    "Raise `InputError` for a task that no classifier could be held against."
+    if len(task.classes) < 2 or len(set(task.classes)) < len(task.classes):
+        raise InputError(f'The classes {", ".join(task.classes)} are not two or more different names.')
+    if task.metric not in METRICS:
+        raise InputError(f'Unknown metric {task.metric!r}: choose one of {", ".join(METRICS)}.')
+    if task.target is not None and not 0 <= task.target <= 1:
+        raise InputError(f'The target {task.target} is not between 0 and 1; write 98% as 0.98.')
+    for name, bound in [('latency_ms', task.latency_ms), ('size_mb', task.size_mb)]:
+        if bound is not None and not bound > 0: raise InputError(f'The {name} {bound} is not above 0.')
 
+# %% ../nbs/00_task.ipynb #d043fe3f
 @dataclass(frozen=True)
 class Task:
     "What a classifier is for: its classes, and what it must reach to be worth using."
@@ -32,12 +44,18 @@ class Task:
 
     def __post_init__(self):
         object.__setattr__(self, 'classes', tuple(self.classes))
-        if self.metric not in METRICS:
-            raise InputError(f'Unknown metric {self.metric!r}: choose one of {", ".join(METRICS)}.')
-        if self.target is not None and not 0 <= self.target <= 1:
-            raise InputError(f'The target {self.target} is not between 0 and 1; write 98% as 0.98.')
+        _check_task(self)
 
-# %% ../nbs/00_task.ipynb #6c7bfb81
+    def _repr_markdown_(self) -> str:
+        more = f', … ({len(self.classes)} in all)' if len(self.classes) > 10 else ''
+        asked = [(self.metric, self.target, 'at least {:g}'),
+                 ('median time for one image', self.latency_ms, 'at most {:g} ms'),
+                 ('model file', self.size_mb, 'at most {:g} MB')]
+        rows = [f'| {name} | {text.format(bound)} |' for name, bound, text in asked if bound is not None]
+        classes = f'| classes | {", ".join(self.classes[:10])}{more} |'
+        return '\n'.join(['| asked for | |', '|---|---|', classes, *rows])
+
+# %% ../nbs/00_task.ipynb #ac9302e8
 @dataclass(frozen=True)
 class Requirement:
     "One demand of a task beside what was measured."
@@ -57,12 +75,13 @@ def requirements(
     found = []
     if task.target is not None:
         value = metrics[task.metric]
-        found.append(Requirement(task.metric, task.target, value, value >= task.target))
-    for name, bound, value in [('latency_ms', task.latency_ms, latency_ms), ('size_mb', task.size_mb, size_mb)]:
-        if bound is not None: found.append(Requirement(name, bound, value, value <= bound))
+        found.append(Requirement(task.metric, task.target, value, bool(value >= task.target)))
+    budgets = [('latency_ms', task.latency_ms, latency_ms), ('size_mb', task.size_mb, size_mb)]
+    for name, bound, value in budgets:
+        if bound is not None: found.append(Requirement(name, bound, value, bool(value <= bound)))
     return found
 
-# %% ../nbs/00_task.ipynb #56f89854
+# %% ../nbs/00_task.ipynb #844f3538
 @dataclass(frozen=True)
 class Machine:
     "The hardware that a figure was measured on."
@@ -73,24 +92,25 @@ class Machine:
     gpu: str | None  # name and memory of the first NVIDIA GPU
     system: str  # operating system and architecture
 
-    def as_dict(self) -> dict: return asdict(self)
+    def as_dict(self) -> dict: return {**asdict(self), 'instructions': list(self.instructions)}
 
     def _repr_markdown_(self) -> str:
-        rows = [(key.replace('_', ' '), ', '.join(value) if isinstance(value, tuple) else value)
+        rows = [(key.replace('_', ' '), ', '.join(value) if isinstance(value, list) else value)
                 for key, value in self.as_dict().items()]
-        return '\n'.join(['| | |', '|---|---|', *(f'| {key} | {value or "none"} |' for key, value in rows)])
+        lines = [f'| {key} | {value or "none"} |' for key, value in rows]
+        return '\n'.join(['| this machine | |', '|---|---|', *lines])
 
-# %% ../nbs/00_task.ipynb #951b30a0
+# %% ../nbs/00_task.ipynb #44565303
 def _cpuinfo() -> dict[str, str]:
     "The first processor's entry in /proc/cpuinfo; empty where there is none."
     path = Path('/proc/cpuinfo')
     if not path.exists(): return {}
-    entry = path.read_text().split('\n\n')[0]
-    return {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in entry.splitlines())}
+    entry = [line.partition(':') for line in path.read_text().split('\n\n')[0].splitlines()]
+    return {key.strip(): value.strip() for key, _, value in entry}
 
 
 def _cores() -> int:
-    "How many processors this process may use, which a container can make fewer than the machine has."
+    "How many processors this process may use, which can be fewer than the machine has."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
@@ -99,16 +119,19 @@ def _memory_gb() -> float:
     try: return round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9, 1)
     except (AttributeError, ValueError, OSError): return 0.0
 
-
+# %% ../nbs/00_task.ipynb #21852e59
 def _gpu() -> str | None:
-    "The first NVIDIA GPU's name and memory, asked of the driver."
+    "The first NVIDIA GPU's name and memory, asked of the driver; None where the driver does not answer."
     if not shutil.which('nvidia-smi'): return None
     query = ['nvidia-smi', '--query-gpu=name,memory.total', '--format=csv,noheader']
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    return answer.stdout.strip().splitlines()[0] if answer.returncode == 0 and answer.stdout.strip() else None
+    try: answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError): return None
+    names = answer.stdout.strip().splitlines()
+    return names[0] if answer.returncode == 0 and names else None
 
-# %% ../nbs/00_task.ipynb #183a62d1
-INSTRUCTIONS = dict(avx2='AVX2', avx512f='AVX-512', avx512_vnni='VNNI', avx_vnni='VNNI', amx_int8='AMX', asimd='NEON')
+# %% ../nbs/00_task.ipynb #06527c2e
+INSTRUCTIONS = dict(avx2='AVX2', avx512f='AVX-512', avx512_vnni='VNNI', avx_vnni='VNNI', amx_int8='AMX',
+                    asimd='NEON')
 
 
 def machine() -> Machine:
@@ -116,6 +139,6 @@ def machine() -> Machine:
     info = _cpuinfo()
     flags = set(info.get('flags', info.get('Features', '')).split())
     names = dict.fromkeys(name for flag, name in INSTRUCTIONS.items() if flag in flags)
-    return Machine(processor=info.get('model name') or platform.processor() or platform.machine(), cores=_cores(),
-                   memory_gb=_memory_gb(), instructions=tuple(names), gpu=_gpu(),
-                   system=f'{platform.system()} {platform.machine()}')
+    processor = info.get('model name') or platform.processor() or platform.machine()
+    return Machine(processor=processor, cores=_cores(), memory_gb=_memory_gb(), instructions=tuple(names),
+                   gpu=_gpu(), system=f'{platform.system()} {platform.machine()}')

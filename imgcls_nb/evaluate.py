@@ -111,7 +111,7 @@ def text_style() -> dict:  # for `plt.rc_context`
 # %% ../nbs/07_evaluate.ipynb #c883e2fe
 def drawable(
     name: str,  # any text
-    longest: int = 24,  # letters, of which a Chinese character takes the room of two; what is longer ends in …
+    longest: int = 24,  # letters, a Chinese character counts as two; what is longer ends in …
 ) -> str:
     "A name as the fonts at hand can draw it."
     while _columns(name) > longest: name = name.removesuffix('…')[:-1] + '…'

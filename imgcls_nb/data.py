@@ -6,9 +6,9 @@ Docs: https://imgcls.github.io/imgcls_nb/data.html.md"""
 
 # %% auto #0
 __all__ = ['SPLITS', 'WIDE_FONTS', 'TEXTURES', 'TEXTURE_PATCH', 'TEXTURE_SHARES', 'SPLIT_NAMES', 'IMAGE_SUFFIXES',
-           'FOREIGN_SUFFIXES', 'EMBEDDED', 'Progress', 'SUFFIX_FORMATS', 'Pairs', 'Finding', 'Findings', 'ImageSet',
-           'open_file', 'from_arrays', 'digits', 'title_fonts', 'show_images', 'textures', 'from_folder', 'load_images',
-           'difference_hash', 'PixelDataset', 'BatchLoader']
+           'FOREIGN_SUFFIXES', 'Progress', 'SUFFIX_FORMATS', 'Pairs', 'Finding', 'Findings', 'ImageSet', 'open_file',
+           'from_arrays', 'digits', 'title_fonts', 'show_images', 'textures', 'from_folder', 'difference_hash',
+           'PixelDataset', 'BatchLoader']
 
 # %% ../nbs/02_data.ipynb #7db2a9dc
 import hashlib
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 
@@ -380,24 +379,6 @@ def from_folder(
     items = pd.DataFrame(rows, columns=['image', 'label', 'split'])
     return ImageSet(items, _classes(items['label']), root.resolve().name, root=root, set_aside=set_aside,
                     facts=dict(source=root.resolve().name))
-
-# %% ../nbs/02_data.ipynb #a88d031e
-EMBEDDED: dict[str, Callable[[], ImageSet]] = dict(digits=digits, textures=textures)
-
-
-def load_images(
-    source: str | Path,  # the name of an embedded data set, or a folder
-) -> ImageSet:
-    "Whatever the source, the same table; raises `InputError` with what is possible."
-    if not str(source): raise InputError('The source is empty: name a folder or a data set.')
-    if isinstance(source, str) and source in EMBEDDED: return EMBEDDED[source]()
-    path = os.path.expanduser(source)
-    if os.path.isdir(path): return from_folder(path)
-    if os.path.exists(path):
-        raise InputError(f'{path} is a file. Give a folder that holds one folder per class.')
-    near = get_close_matches(str(source), EMBEDDED, n=1)
-    raise InputError(f'Unknown source {str(source)!r}: it is neither a folder nor one of '
-                     f'{", ".join(EMBEDDED)}.' + (f' Did you mean {near[0]}?' if near else ''))
 
 # %% ../nbs/02_data.ipynb #71fe7c3a
 def difference_hash(

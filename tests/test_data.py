@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from imgcls_nb.data import from_arrays, from_folder, load_images
+from imgcls_nb.data import from_arrays, from_folder
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.run import InputError
+from imgcls_nb.sources import load_images
 
 P = Preprocessing(16, 16, 1)
 

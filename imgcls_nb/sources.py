@@ -726,10 +726,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str] | None]]:
 def _find_image(root: Path, name: str) -> str | None:
     "The path of an image relative to `root`, or None; paths of other computers are tried from their end."
     if not name or '\0' in name: return None
-    if (root/name).is_file(): return name
+    if os.path.isfile(root/name): return name  # False, not an error, for a name that is too long
     parts = PureWindowsPath(name).parts  # knows both kinds of slashes
     tails = ('/'.join(parts[start:]) for start in range(len(parts)))
-    return next((tail for tail in tails if (root/tail).is_file()), None)
+    return next((tail for tail in tails if os.path.isfile(root/tail)), None)
 
 
 def _row_problem(values: dict | None, image: str | None, split_given: bool) -> tuple[str, str, str] | None:

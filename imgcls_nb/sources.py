@@ -439,15 +439,7 @@ def from_npz(
     if images.ndim == 4 and images.shape[3] == 1: images = images[..., 0]
     given = None if set(splits) <= {''} else splits
     labels = [(names or {}).get(_text(label), _text(label)) for label in labels.tolist()]
-    return _with_groups(from_arrays(images, labels, given, path.stem, source=path.name), groups)
-
-
-def _with_groups(data: ImageSet, groups: Sequence[str]) -> ImageSet:
-    "The same table with the column `group`, where there are groups."
-    if not groups: return data
-    if len(groups) != len(data):
-        raise InputError(f'{data.name} has {len(data)} images but {len(groups)} groups.')
-    return replace(data, items=data.items.assign(group=list(groups)))
+    return from_arrays(images, labels, given, groups or None, path.stem, source=path.name)
 
 # %% ../nbs/02b_sources.ipynb #bd584c56
 def _read_mnist(dataset: PublicDataset, files: list[FoundFile], names: Sequence[str] = ()) -> ImageSet:

@@ -121,7 +121,7 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     with stage(run, 'prepare'), screen.bar('prepare') as progress:
         pretrained = False if args.from_scratch else None
         learn = image_learner(data, args.arch, pretrained, args.size, args.batch_size, args.augment,
-                              seed=args.seed, progress=progress)
+                              balance=args.balance, seed=args.seed, progress=progress)
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
     learn.logger = lambda row: None
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
@@ -319,6 +319,8 @@ def _add_run(commands) -> None:
     p.add_argument('--size', type=_positive, help='side of the input in pixels')
     p.add_argument('--batch-size', type=_positive, help='images in one step (default: chosen for the data)')
     p.add_argument('--augment', help='digits, photos, textures or none (default: by kind of data)')
+    p.add_argument('--balance', default='none',
+                   help='for rare classes: none, weights, effective, sampler, oversample, smote or focal')
     p.add_argument('--seed', type=int, default=0, help='of the split, the weights and the order')
     _add_result(p)
     p.set_defaults(command=run_command)

@@ -31,9 +31,9 @@ from torchvision.transforms.v2 import functional as tensor_image
 
 from .run import InputError
 
-# %% ../nbs/03_augment.ipynb #f323182d
+# %% ../nbs/03_augment.ipynb #dead3625
 class EachImage(Transform):
-    "Apply a change that is made for one picture, such as torchvision's `RandAugment`, to each picture of a batch."
+    "Apply a change made for one picture, such as torchvision's `RandAugment`, to each picture of a batch."
     split_idx = 0  # in training alone
     order = 30  # where fastai's own augmentations stand: after the scale 0 to 1, before the normalisation
 
@@ -45,7 +45,8 @@ class EachImage(Transform):
         self.change = change
 
     def __call__(self, batch, split_idx=None, **options):
-        return super().__call__(batch, split_idx=split_idx or 0, **options)  # a loader that says nothing trains
+        "A loader that does not say which split it is trains."
+        return super().__call__(batch, split_idx=split_idx or 0, **options)
 
     def encodes(self, batch: TensorImage):
         return TensorImage(torch.stack([self.change(image) for image in batch.as_subclass(torch.Tensor)]))
@@ -65,9 +66,9 @@ PRESETS: dict[str, dict] = dict(
     satellite=dict(do_flip=True, flip_vert=True, max_rotate=45, max_zoom=1.1, max_warp=0.0, max_lighting=0.2,
                    pad_mode=PadMode.Reflection))
 
-# %% ../nbs/03_augment.ipynb #6a321c69
+# %% ../nbs/03_augment.ipynb #de02e73c
 class WhenTraining(Transform):
-    "Run a fastai transform unless the loader says that it validates; by itself it may skip one that says nothing."
+    "Run a fastai transform unless the loader says that it validates, and not only if it says that it trains."
     def __init__(
         self,
         transform: Transform,  # one of those that `aug_transforms` gives
@@ -160,7 +161,7 @@ def change_image(
         if value != setting.neutral: pixels = setting.change(pixels, value)
     return tensor_image.to_pil_image(pixels)
 
-# %% ../nbs/03_augment.ipynb #d836fdba
+# %% ../nbs/03_augment.ipynb #7f4099b2
 def show_strengths(
     image: Image.Image,  # the picture to change
     names: Iterable[str] = tuple(SETTINGS),  # which of `SETTINGS`, one a row
@@ -169,8 +170,8 @@ def show_strengths(
 ) -> plt.Figure:
     "The same picture under several strengths of each setting."
     columns, ranges = 2 * steps + 1, {name: _strengths(_setting(name), steps) for name in names}
-    figure, axes = plt.subplots(len(ranges), columns, figsize=(size * columns + 0.9, (size + 0.24) * len(ranges)),
-                                squeeze=False, layout='constrained')
+    inches = size * columns + 0.9, (size + 0.24) * len(ranges)
+    figure, axes = plt.subplots(len(ranges), columns, figsize=inches, squeeze=False, layout='constrained')
     for line, (name, values) in zip(axes, ranges.items()):
         for axis, value in zip(line, values):
             axis.imshow(change_image(image, **{name: value}), cmap='gray', vmin=0, vmax=255)
@@ -187,7 +188,7 @@ def _strengths(setting: Setting, steps: int) -> np.ndarray:
     below = np.linspace(setting.low, setting.neutral, steps + 1)
     return np.concatenate([below, np.linspace(setting.neutral, setting.high, steps + 1)[1:]])
 
-# %% ../nbs/03_augment.ipynb #def43b85
+# %% ../nbs/03_augment.ipynb #7351b74f
 def preset_views(
     image: Image.Image,  # as `open_image` gives it: 'L' or 'RGB'
     kind: str,  # one of `PRESETS`, or 'none'
@@ -207,7 +208,14 @@ def _png(image: Image.Image, height: int) -> bytes:
     image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST).save(file, 'png')
     return file.getvalue()
 
-# %% ../nbs/03_augment.ipynb #8611984b
+
+def _slider(name: str, setting: Setting) -> widgets.FloatSlider:
+    "A slider over the range of a setting, at rest."
+    step = 1 if setting.unit == '°' else 0.05
+    return widgets.FloatSlider(setting.neutral, min=setting.low, max=setting.high, step=step,
+                               description=name, continuous_update=False)
+
+# %% ../nbs/03_augment.ipynb #21eb16f3
 class AugmentationExplorer(widgets.VBox):
     "Sliders for every setting, the changed picture, and random versions of it under a preset."
     def __init__(
@@ -234,26 +242,21 @@ class AugmentationExplorer(widgets.VBox):
         values = {name: value for name, value in values.items() if value != SETTINGS[name].neutral}
         if self.mirror.value: values = dict(mirror=True) | values
         self.changed.value = _png(change_image(self.image, **values), 256)
-        self.code.value = f'<code>change_image({", ".join(["image", *[f"{k}={v}" for k, v in values.items()]])})</code>'
+        arguments = ', '.join(['image', *[f'{name}={value}' for name, value in values.items()]])
+        self.code.value = f'<code>change_image({arguments})</code>'
 
     def _show_views(self, _=None):
         self.views.value = _png(preset_views(self.image, self.kind.value, self.draw.value), 128)
 
-
-def _slider(name: str, setting: Setting) -> widgets.FloatSlider:
-    "A slider over the range of a setting, at rest."
-    step = 1 if setting.unit == '°' else 0.05
-    return widgets.FloatSlider(setting.neutral, min=setting.low, max=setting.high, step=step, description=name,
-                               continuous_update=False)
-
-# %% ../nbs/03_augment.ipynb #1500b2c1
+# %% ../nbs/03_augment.ipynb #0eb3635c
 class _MixedLoss:
     "Mixes losses rather than replacing the learner's loss function, as fastai's mixing callbacks do."
     def before_train(self):
         self.stack_y = True  # to fastai: leave the class numbers as they are
         if not hasattr(self.loss_func, 'reduction'):
-            raise InputError(f'{type(self).__name__} needs a loss with a `reduction`, as those of torch.nn and '
-                             f'fastai have; {getattr(self.loss_func, "__name__", self.loss_func)} has none.')
+            name = getattr(self.loss_func, '__name__', self.loss_func)
+            raise InputError(f'{type(self).__name__} needs a loss with a `reduction`, as those of torch.nn '
+                             f'and fastai have; {name} has none.')
 
     def after_train(self): pass  # fastai would put the old loss function back here
 
@@ -274,10 +277,10 @@ class CutMixImages(_MixedLoss, CutMix):
 
 MIXING: dict[str, type[Callback]] = dict(mixup=MixUpImages, cutmix=CutMixImages)
 
-# %% ../nbs/03_augment.ipynb #43abb45c
+# %% ../nbs/03_augment.ipynb #fdeb2e8e
 def mixing(
     kind: str = 'mixup',  # 'mixup', 'cutmix' or 'none'
-    alpha: float | None = None,  # of the Beta distribution: small mixes little; by default 0.4 and 1, as in fastai
+    alpha: float | None = None,  # of the Beta distribution; small mixes little; by default 0.4 and 1
 ) -> list[Callback]:  # for `train(learn, callbacks=…)` or any fastai `fit`
     "Mix pictures and labels in training, and in training alone."
     if kind == 'none': return []
@@ -285,11 +288,11 @@ def mixing(
     if alpha is not None and not alpha > 0: raise InputError(f'alpha must be above zero, not {alpha}.')
     return [MIXING[kind]() if alpha is None else MIXING[kind](float(alpha))]
 
-# %% ../nbs/03_augment.ipynb #0300db96
+# %% ../nbs/03_augment.ipynb #8939f89e
 def _normalization(loader) -> Normalize:
     "The loader's own normalisation; raises `InputError` where there is none."
     found = [transform for transform in loader.after_batch.fs if isinstance(transform, Normalize)]
-    if not found: raise InputError('The loader does not normalise its batches, so they cannot be changed before that.')
+    if not found: raise InputError('The loader does not normalise its batches: changes go before that step.')
     return found[0]
 
 
@@ -316,14 +319,14 @@ def average_over_copies(
             targets.append(y.cpu())
     return torch.cat(probabilities).numpy(), torch.cat(targets).numpy().astype(np.int64)
 
-# %% ../nbs/03_augment.ipynb #872c9279
+# %% ../nbs/03_augment.ipynb #7da501bc
 def predict_with_tta(
     learn,  # a trained fastai `Learner` over loaders of chapter 02
     split: int = 2,  # 0 train, 1 valid, 2 test
     kind: str = 'none',  # one of `PRESETS`; take the one it was trained with
     copies: int = 8,  # changed copies of each picture
     seed: int = 0,  # of the changes
-) -> tuple[np.ndarray, np.ndarray]:  # probabilities `float32 [N, K]` and targets `int64 [N]`, in the table's order
+) -> tuple[np.ndarray, np.ndarray]:  # probabilities `float32 [N, K]` and targets `int64 [N]`
     "Test-time augmentation on one split; the learner stays as it is."
     if split not in range(len(learn.dls.loaders)):
         raise InputError(f'There is no split {split!r}: 0 is train, 1 is valid, 2 is test.')

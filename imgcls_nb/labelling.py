@@ -523,10 +523,10 @@ def class_keys(
         if free: keys[label] = free[0]
     return keys
 
-# %% ../nbs/02d_labelling.ipynb #8b587400
+# %% ../nbs/02d_labelling.ipynb #4d19dd1d
 GRID_STYLE = """
 .imgcls-grid { max-width: 860px; }
-.imgcls-grid .imgcls-buttons { flex-flow: row wrap; gap: 4px; }
+.imgcls-grid .imgcls-buttons { flex-flow: row wrap; gap: 4px; margin: 2px 0; }
 .imgcls-grid .imgcls-buttons > * { margin: 0; }
 .imgcls-cell { position: relative; align-items: center; padding: 4px 2px 20px; overflow: hidden; margin: 0;
     border: 3px solid transparent; border-radius: 6px;
@@ -577,7 +577,7 @@ def _row(*children: widgets.Widget) -> widgets.Box:
     row.add_class('imgcls-buttons')
     return row
 
-# %% ../nbs/02d_labelling.ipynb #2b387629
+# %% ../nbs/02d_labelling.ipynb #4958d5bb
 class ImageGrid:
     "A page of thumbnails with buttons; every decision is in the log before the page shows it."
     def __init__(
@@ -595,10 +595,10 @@ class ImageGrid:
         self.data, self.log, self.rows, self.scores, self.page_size = data, log, rows, scores, page_size
         self.given, self.page, self.selected, self.current = (*classes, *data.classes), 0, set(), None
         self.thumbnail = lru_cache(maxsize=1024)(partial(thumbnail, data, size=size))
-        self.base_counts = Counter(data.items['label'].value_counts().to_dict())
+        self.counts = Counter(data.items['label'].value_counts().to_dict())  # by label, None for set aside
+        self.todo, self.counted = self.undecided(), {}
         self.edited = {name: rows[0] for name, rows in _rows_by_name(data, log.images()).items()}
-        self.todo = self.undecided()
-        self.todo[list(self.edited.values())] = [not self.is_done(row) for row in self.edited.values()]
+        for row in self.edited.values(): self.note(row)
         self.cells = [_cell(size) for _ in range(min(page_size, max(1, len(data))))]
         self.view = widgets.VBox(layout=dict(width='100%'))
         self.view.add_class('imgcls-grid')
@@ -670,7 +670,7 @@ def build(self: ImageGrid, size: int) -> None:
 @patch
 def extra_controls(self: ImageGrid) -> list[widgets.Widget]: return []
 
-# %% ../nbs/02d_labelling.ipynb #da97a0d3
+# %% ../nbs/02d_labelling.ipynb #b7e79ad1
 @patch
 def known_classes(self: ImageGrid) -> list[str]:
     "Every class that can be chosen: the given ones, then those that the log adds."
@@ -694,14 +694,14 @@ def offer_classes(self: ImageGrid) -> None:
 
 
 @patch
-def counts(self: ImageGrid) -> Counter:
-    "How many images have each label now; those set aside are not among them."
-    counts = Counter(self.base_counts)
-    for name, row in self.edited.items():
-        state = self.log.state(name)
-        if state: counts[self.data.items['label'].iloc[row]] -= 1
-        if state and not state.aside: counts[self.label_of(row)] += 1
-    return counts
+def note(self: ImageGrid, row: int) -> None:
+    "Take over from the log what holds for one image now: the counts, and whether it is to do."
+    state, name = self.log.state(self.name(row)), self.name(row)
+    before = self.counted.get(row, self.data.items['label'].iloc[row])
+    self.counted[row] = None if state and state.aside else self.label_of(row)
+    self.counts[before] -= 1
+    self.counts[self.counted[row]] += 1
+    self.todo[row], self.edited[name] = not self.is_done(row), row
 
 # %% ../nbs/02d_labelling.ipynb #c21f4b52
 @patch
@@ -725,7 +725,7 @@ def caption(self: ImageGrid, row: int) -> str:
     score = f' · {self.scores[row]:.1f}' if self.scores is not None and not decided else ''
     return f'{"✓ " if decided else ""}{label}{score}'
 
-# %% ../nbs/02d_labelling.ipynb #5a3108a2
+# %% ../nbs/02d_labelling.ipynb #fcd5eab3
 @patch
 def draw(self: ImageGrid) -> None:
     "Show the page as the log has it."
@@ -734,26 +734,26 @@ def draw(self: ImageGrid) -> None:
     for cell in self.cells[len(rows):]: cell.box.layout.display = 'none'
     for cell, row, picture in zip(self.cells, rows, pictures):
         name, marks = self.name(row), self.marks(row)
-        self.todo[row] = not self.is_done(row) or 'changed' in marks
-        if self.log.state(name): self.edited[name] = row  # it may be another notebook's edit
+        if self.log.state(name): self.note(row)  # it may be another notebook's edit
+        if 'changed' in marks: self.todo[row] = True
         cell.box.layout.display = None
         cell.image.value, cell.button.description = picture.png, self.caption(row)
         cell.button.tooltip = f'{name} {picture.problem}'.strip()
         for mark in MARKS: (cell.box.add_class if mark in marks else cell.box.remove_class)(f'imgcls-{mark}')
     self.draw_counts()
 
-# %% ../nbs/02d_labelling.ipynb #c6c53c0c
+# %% ../nbs/02d_labelling.ipynb #552f55f9
 @patch
 def draw_counts(self: ImageGrid) -> None:
     "How far it is, and how many images each class has."
-    counts, left = self.counts(), int(self.todo[self.rows].sum())
+    left = int(self.todo[self.rows].sum())
     done, pages = len(self.rows) - left, max(1, -(-len(self.rows) // self.page_size))
     share = done / max(1, len(self.rows))
     self.status.value = (f'<div class="imgcls-bar"><div style="width:{share:.1%}"></div></div>{done:,} of '
                          f'{len(self.rows):,} done, {left:,} to do · page {self.page + 1:,} of {pages:,}')
     for label, button in self.class_buttons.items():
-        key = f'{self.key_of[label]} · ' if label in self.key_of else ''
-        button.description = f'{key}{label} ({counts[label]:,})'
+        key = self.key_of.get(label, label)
+        button.description = f'{"" if key == label else f"{key} · "}{label} ({self.counts[label]:,})'
 
 
 @patch
@@ -822,12 +822,11 @@ def save(self: ImageGrid, edits: Sequence[Edit], rows: Sequence[int]) -> list[Ed
     self.after(rows)
     return edits
 
-# %% ../nbs/02d_labelling.ipynb #8ab8db96
+# %% ../nbs/02d_labelling.ipynb #71a79648
 @patch
 def after(self: ImageGrid, rows: Sequence[int]) -> None:
     "Show what was decided; go on from the current image if it is among these."
-    for row in rows:
-        self.edited[self.name(row)], self.todo[row] = row, not self.is_done(row)
+    for row in rows: self.note(row)
     self.selected, on = set(), self.current
     if on is None or self.todo[on] or self.go_on(on): self.draw()
     else: self.turn_to_work(self.page + 1)
@@ -873,7 +872,7 @@ def on_picture(self: ImageGrid, place: int, _button) -> None:
     self.selected ^= {int(self.on_page()[place])}
     self.draw()
 
-# %% ../nbs/02d_labelling.ipynb #225b7d5a
+# %% ../nbs/02d_labelling.ipynb #fbb9f5ca
 @patch
 def on_undo(self: ImageGrid, decision: str | None = None) -> None:
     "Take back a decision, the latest by default, and show the page that it was about."
@@ -883,7 +882,7 @@ def on_undo(self: ImageGrid, decision: str | None = None) -> None:
     if not undone: return self.say('There is nothing to undo.')
     if undone[0].action == 'add_class': self.offer_classes()
     rows = [self.edited[edit.image] for edit in undone if edit.image in self.edited]
-    for row in rows: self.todo[row] = not self.is_done(row)
+    for row in rows: self.note(row)
     places = np.flatnonzero(np.isin(self.rows, rows))
     if len(places): self.turn(int(places[0]) // self.page_size)
     if len(places): self.current = int(self.rows[places[0]])

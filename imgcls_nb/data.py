@@ -6,16 +6,17 @@ Docs: https://imgcls.github.io/imgcls_nb/data.html.md"""
 
 # %% auto #0
 __all__ = ['SPLITS', 'WIDE_FONTS', 'TEXTURES', 'TEXTURE_PATCH', 'TEXTURE_SHARES', 'SPLIT_NAMES', 'IMAGE_SUFFIXES',
-           'FOREIGN_SUFFIXES', 'Progress', 'SUFFIX_FORMATS', 'Pairs', 'Finding', 'Findings', 'ImageSet', 'open_file',
-           'from_arrays', 'digits', 'title_fonts', 'show_images', 'textures', 'from_folder', 'difference_hash',
-           'PixelDataset', 'BatchLoader']
+           'FOREIGN_SUFFIXES', 'Progress', 'Pairs', 'Finding', 'Findings', 'ImageSet', 'open_file', 'from_arrays',
+           'digits', 'title_fonts', 'show_images', 'textures', 'from_folder', 'difference_hash', 'PixelDataset',
+           'BatchLoader']
 
 # %% ../nbs/02_data.ipynb #7db2a9dc
 import hashlib
+import io
 import os
 import random
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_digits
 
-from .image import ImageError, Limits, Preprocessing, image_info, open_image
+from .image import ImageError, Limits, Preprocessing, _quietly, image_info, open_image
 from .run import InputError
 
 # %% ../nbs/02_data.ipynb #0615f68a
@@ -380,6 +381,29 @@ def from_folder(
     return ImageSet(items, _classes(items['label']), root.resolve().name, root=root, set_aside=set_aside,
                     facts=dict(source=root.resolve().name))
 
+# %% ../nbs/02_data.ipynb #a1c5facd
+def _file_facts(source: Path | bytes) -> dict:
+    "Size and camera of a file, or of a file's bytes."
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    return dict(bytes=size, camera=_camera(io.BytesIO(source) if isinstance(source, bytes) else source))
+
+
+def _camera(file: Path | io.BytesIO) -> str:
+    "Maker and model of the camera as EXIF names them; empty where it does not."
+    try:
+        with _quietly(), Image.open(file) as image: exif = image.getexif()
+        return ' '.join(str(exif[tag]).strip(' \0') for tag in (271, 272) if tag in exif)
+    except Exception: return ''  # an unreadable EXIF block is the same as none
+
+
+def _pixel_facts(image: Image.Image) -> dict:
+    "Means of red, green and blue, the largest deviation of the three, and the share of the commonest value."
+    levels, shares = np.arange(256), np.array(image.histogram(), dtype=float).reshape(3, 256)
+    shares /= image.width * image.height
+    means = shares @ levels
+    contrast = np.sqrt(np.maximum(shares @ levels**2 - means**2, 0)).max()
+    return dict(zip(('red', 'green', 'blue'), means), contrast=contrast, commonest=shares.max(axis=1).min())
+
 # %% ../nbs/02_data.ipynb #71fe7c3a
 def difference_hash(
     image: Image.Image,  # any size and mode
@@ -393,15 +417,16 @@ def _scan_one(data: ImageSet, row: int) -> dict | Finding:
     "Decode one image in full: its facts and a digest of its pixels, or the reason why it cannot be used."
     source = data.source(row)
     try:
-        image, facts = data.open(row), dict(format='array', mode=None, frames=1, rotated=False)
-        facts |= dict(mode=source.mode) if isinstance(source, Image.Image) else asdict(image_info(source))
+        image, facts = data.open(row), dict(format='array', frames=1, rotated=False, bytes=0, camera='')
+        if isinstance(source, Image.Image): facts |= dict(mode=source.mode)
+        else: facts |= asdict(image_info(source)) | _file_facts(source)
     except ImageError as error:
         evidence = str(error).removeprefix(f'{source} ')
         return Finding(error.kind, str(data.items['image'].iloc[row]), evidence,
                        'replace the file, or leave it set aside')
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     return facts | dict(width=image.width, height=image.height, digest=digest,
-                        difference_hash=difference_hash(image))
+                        difference_hash=difference_hash(image)) | _pixel_facts(image)
 
 # %% ../nbs/02_data.ipynb #e5392776
 def _in_threads(function: Callable, values: Sequence, portion: int = 2048) -> Iterator:
@@ -432,69 +457,6 @@ def scan(
     items, present = pd.concat([items, known], axis=1), set(items['label'])
     return replace(self, items=items, classes=tuple(label for label in self.classes if label in present),
                    set_aside=self.set_aside + unusable)
-
-# %% ../nbs/02_data.ipynb #7f166001
-SUFFIX_FORMATS = {suffix: ('JPEG', 'MPO') for suffix in ('.jpg', '.jpeg', '.jpe', '.jfif')} | {
-    '.png': ('PNG',), '.gif': ('GIF',), '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',),
-    '.webp': ('WEBP',)}
-
-
-def _misnamed(data: ImageSet) -> Iterator[Finding]:
-    "Files whose name and content disagree."
-    if data.arrays is not None: return
-    for image, format in zip(data.items['image'], data.items['format']):
-        suffix = Path(image).suffix.lower()
-        if format not in SUFFIX_FORMATS.get(suffix, ()):
-            yield Finding('misnamed', image, f'is {format} but its name ends in {suffix or "nothing"}',
-                          'nothing: it is read by its content; rename it to spare others the surprise')
-
-# %% ../nbs/02_data.ipynb #54d0429d
-def _duplicates(data: ImageSet) -> Iterator[Finding]:
-    "The same pixels twice: within a class, across splits, or under two labels."
-    groups = defaultdict(list)
-    for item in data.items[data.items.duplicated('digest', keep=False)].itertuples(index=False):
-        groups[item.digest].append(item)
-    for group in groups.values():
-        labels, splits = sorted({item.label for item in group}), sorted({item.split for item in group})
-        for item in group[1:]:
-            pair = f'has the same pixels as {group[0].image}'
-            if len(labels) > 1:
-                yield Finding('two_labels', str(item.image), f'{pair}; labels: {", ".join(labels)}',
-                              'decide which label is right')
-            elif len(splits) > 1:
-                yield Finding('leak', str(item.image), f'{pair}; splits: {", ".join(splits)}',
-                              'remove one copy, or split again')
-            else: yield Finding('duplicate', str(item.image), pair, 'keep one copy')
-
-# %% ../nbs/02_data.ipynb #5cd152a2
-def _balance(data: ImageSet, most: float = 5) -> Iterator[Finding]:
-    "Classes too small to learn from, and classes far smaller than the largest."
-    counts = data.items['label'].value_counts()
-    for label, count in counts.items():
-        if count < 10:
-            images = f'{count} image{"s" if count > 1 else ""}'
-            yield Finding('few_images', label, images, 'collect more: 50 a class is a start')
-        elif counts.max() / count >= most:
-            yield Finding('imbalance', label, f'{count} images; {counts.idxmax()} has {counts.max()}',
-                          'collect more of it, weight it, and judge by balanced accuracy')
-
-
-def _absent(data: ImageSet) -> Iterator[Finding]:
-    "Classes without an image in a split that other classes have."
-    for split, group in data.items.groupby('split', sort=False):
-        for label in sorted(set(data.classes) - set(group['label'])):
-            yield Finding('missing_class', label, f'has no image in the split {split}',
-                          'add some, or let `split` cut new splits')
-
-# %% ../nbs/02_data.ipynb #1aa7940f
-@patch
-def check(
-    self: ImageSet,  # any table; it is scanned first if it was not
-    progress: Progress | None = None,  # told how far the scan is
-) -> Findings:
-    "Everything that is wrong or odd, with what to do about it."
-    if 'digest' not in self.items: self = self.scan(progress)
-    return Findings([*self.set_aside, *_duplicates(self), *_misnamed(self), *_balance(self), *_absent(self)])
 
 # %% ../nbs/02_data.ipynb #c28c4af5
 Pairs = tuple[np.ndarray, np.ndarray]  # the first and the second of each, `int64 [P]`

@@ -95,8 +95,17 @@ def test_leaks_and_absent_classes():
     assert kinds['leak'] == 1 and kinds['near_leak'] == 1 and kinds['missing_class'] == 1
 
 
+def test_copies_conflicts_and_leaks_are_told_apart():
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)
+    images[1], images[25], images[35] = images[0], images[5], images[22]
+    splits = ['train'] * 10 + ['test'] * 10 + ['train'] * 10 + ['test'] * 10
+    found = {(f.kind, f.image) for f in from_arrays(images, ['cat'] * 20 + ['dog'] * 20, splits).check()}
+    assert found == {('duplicate', '1'), ('two_labels', '25'), ('leak', '35')}
+
+
 def test_imbalance():
     images = np.random.default_rng(0).integers(0, 256, (120, 16, 16), dtype=np.uint8)
+    assert [(f.kind, f.image) for f in from_arrays(images[:107], ['many'] * 100 + ['few'] * 7).check()] == [('few_images', 'few')]
     assert [(f.kind, f.image) for f in from_arrays(images, ['many'] * 100 + ['less'] * 20).check()] == [('imbalance', 'less')]
 
 

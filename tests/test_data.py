@@ -55,27 +55,6 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else():
     assert (shuffled.items['split'][::-1].to_numpy() == data.split(seed=1).items['split'].to_numpy()).all()
 
 
-def test_planted_duplicates_conflicts_and_leaks_are_found():
-    images, labels = noise(40), ['cat'] * 20 + ['dog'] * 20
-    splits = ['train'] * 10 + ['test'] * 10 + ['train'] * 10 + ['test'] * 10
-    images[1], images[25], images[35] = images[0], images[5], images[22]
-    data = from_arrays(images, labels, splits)
-    found = {(finding.kind, finding.image) for finding in data.check()}
-    assert found == {('duplicate', '1'), ('two_labels', '25'), ('leak', '35')}
-
-
-@pytest.mark.parametrize('name', ['digits', 'textures'])
-def test_no_false_alarm_on_the_embedded_sets(name):
-    assert list(load_images(name).check()) == []
-
-
-def test_imbalance_and_small_classes_are_found():
-    data = from_arrays(noise(107), ['many'] * 100 + ['few'] * 7)
-    assert [(f.kind, f.image) for f in data.check()] == [('few_images', 'few')]
-    data = from_arrays(noise(120), ['many'] * 100 + ['less'] * 20)
-    assert [(f.kind, f.image) for f in data.check()] == [('imbalance', 'less')]
-
-
 @pytest.fixture
 def split_tree(tmp_path):
     "A data set that came with its own splits."

@@ -167,8 +167,10 @@ def _each_or_once(
 
 # %% ../nbs/02c_check.ipynb #782c6f0f
 MODE_NAMES = {'1': 'black and white (1 bit)', 'L': 'grey', 'LA': 'grey with transparency', 'P': 'palette',
-              'PA': 'palette with transparency', 'RGB': 'RGB', 'RGBA': 'RGB with transparency', 'CMYK': 'CMYK',
-              'YCbCr': 'YCbCr', 'LAB': 'Lab', 'I;16': '16-bit grey', 'I;16B': '16-bit grey', 'I': '32-bit grey',
+              'PA': 'palette with transparency', 'RGB': 'RGB', 'RGBA': 'RGB with transparency',
+              'CMYK': 'CMYK',
+              'YCbCr': 'YCbCr', 'LAB': 'Lab', 'I;16': '16-bit grey', 'I;16B': '16-bit grey',
+              'I': '32-bit grey',
               'F': 'floating-point grey'}
 PLAIN_MODES = ('1', 'L', 'P', 'RGB', 'RGBA')  # ordinary as long as all images have the same
 
@@ -210,7 +212,8 @@ def _odd_sizes(data: ImageSet) -> Iterator[Finding]:
     huge = (pixels > HUGE) | ((pixels > 16 * usual_pixels) & (pixels > 1_000_000))
     odd = (np.abs(shape) > np.log2(3)) & (np.abs(shape - usual_shape) > 1)
     yield from _each_or_once(data, small, 'small', size, 'look whether it shows enough; set it aside if not')
-    yield from _each_or_once(data, huge, 'huge', size, 'make it smaller once: every epoch will read it faster')
+    yield from _each_or_once(data, huge, 'huge', size,
+                             'make it smaller once: every epoch will read it faster')
     yield from _each_or_once(data, odd, 'odd_shape', lambda row: f'is {row.width} × {row.height} pixels: '
                              f'{max(row.width / row.height, row.height / row.width):.1f} to 1',
                              'look what a centre crop leaves of it; crop it by hand, or fit with "pad"')
@@ -400,7 +403,8 @@ def _check_probabilities(data: ImageSet, probabilities: np.ndarray) -> np.ndarra
     if probabilities.shape != expected:
         raise InputError(f'Probabilities for {data.name} must have one row an image and one column a class, '
                          f'{list(expected)}, not {list(probabilities.shape)}.')
-    if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-6):
+    within = np.isfinite(probabilities).all() and probabilities.min() >= 0 and probabilities.max() <= 1 + 1e-6
+    if not within:
         raise InputError('Probabilities must be numbers from 0 to 1; these are not (are they logits?).')
     return probabilities
 
@@ -439,7 +443,8 @@ def suspect_labels(
     given = given[:, kept] / np.maximum(given[:, kept].sum(axis=1, keepdims=True), 1e-12)
     issues = find_label_issues(numbers, given, filter_by='both', n_jobs=1)
     table = table[table['row'].isin(judged[issues])]
-    return Findings(Finding('suspect_label', row.image, f'is labelled {row.label} ({row.p_label:.0%}); a model '
+    return Findings(Finding('suspect_label', row.image,
+                            f'is labelled {row.label} ({row.p_label:.0%}); a model '
                             f'that has not seen it says {row.suggested} ({row.p_suggested:.0%})',
                             'look at it: relabel it, keep it, or set it aside')
                     for row in table.itertuples(index=False))

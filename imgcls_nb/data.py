@@ -813,7 +813,8 @@ def dataloaders(
         tfms = [IntToFloatTensor(), *(batch_tfms if training else ()), stats]
         processes = 0 if kept else min(8, os.cpu_count()) if workers is None else workers
         loaders.append(BatchLoader(dataset, bs=min(batch_size, len(dataset)), shuffle=training,
-                                   after_batch=tfms, drop_last=training, num_workers=processes, device=device))
+                                   after_batch=tfms, drop_last=training, num_workers=processes,
+                                   device=device))
     return DataLoaders(*loaders, device=device)
 
 # %% ../nbs/02_data.ipynb #9a131127

@@ -180,7 +180,8 @@ def _set_layer(layer: torch.nn.Linear, head: Pipeline) -> None:
     "Put a fitted `fit_head` into a linear layer, its scaling folded in."
     scaler, logistic = head[0], head[-1]
     weight, bias = logistic.coef_, logistic.intercept_
-    if len(weight) == 1: weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    if len(weight) == 1:
+        weight, bias = [np.concatenate([-x, x]) / 2 for x in (weight, bias)]
     weight = weight / scaler.scale_
     all_weights = np.zeros(layer.weight.shape)
     all_biases = np.full(len(all_weights), -20.0)  # a class without training images is never the answer

@@ -3,6 +3,10 @@ from imgcls_nb.run import *
 from imgcls_nb.task import *
 from imgcls_nb.image import *
 from imgcls_nb.data import *
+from imgcls_nb.sources import *
+from imgcls_nb.check import *
+from imgcls_nb.labelling import *
+from imgcls_nb.balance import *
 from imgcls_nb.augment import *
 from imgcls_nb.models import *
 from imgcls_nb.transfer import *

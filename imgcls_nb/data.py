@@ -6,19 +6,21 @@ Docs: https://imgcls.github.io/imgcls_nb/data.html.md"""
 
 # %% auto #0
 __all__ = ['SPLITS', 'WIDE_FONTS', 'TEXTURES', 'TEXTURE_PATCH', 'TEXTURE_SHARES', 'SPLIT_NAMES', 'IMAGE_SUFFIXES',
-           'FOREIGN_SUFFIXES', 'EMBEDDED', 'Progress', 'SUFFIX_FORMATS', 'Finding', 'Findings', 'ImageSet', 'open_file',
-           'from_arrays', 'digits', 'title_fonts', 'show_images', 'textures', 'from_folder', 'load_images',
-           'PixelDataset', 'BatchLoader']
+           'FOREIGN_SUFFIXES', 'Progress', 'Pairs', 'Finding', 'Findings', 'ImageSet', 'open_file', 'from_arrays',
+           'digits', 'title_fonts', 'show_images', 'textures', 'from_folder', 'difference_hash', 'PixelDataset',
+           'BatchLoader']
 
 # %% ../nbs/02_data.ipynb #7db2a9dc
 import hashlib
+import io
 import os
+import random
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 
@@ -34,9 +36,11 @@ from PIL import Image
 from skimage import data as photographs
 from skimage.color import rgb2gray
 from skimage.filters import gaussian
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.datasets import load_digits
 
-from .image import ImageError, Limits, Preprocessing, image_info, open_image
+from .image import ImageError, Limits, Preprocessing, _quietly, image_info, open_image
 from .run import InputError
 
 # %% ../nbs/02_data.ipynb #0615f68a
@@ -87,7 +91,7 @@ class Findings(list):
 @dataclass(repr=False)
 class ImageSet:
     "A table of labelled images: where each one is, what it shows, and which split it belongs to."
-    items: pd.DataFrame  # columns `image`, `label`, `split`, and after a scan `width`, `height`, `digest`, …
+    items: pd.DataFrame  # columns `image`, `label`, `split`, perhaps `group`; `digest`, … after a scan
     classes: tuple[str, ...]  # every label, in the order of the model's outputs
     name: str = 'images'  # what to call it
     root: Path | None = None  # the folder that `image` is relative to, for files
@@ -161,13 +165,16 @@ def open(
     return source.convert(mode) if isinstance(source, Image.Image) else open_file(source, mode)
 
 # %% ../nbs/02_data.ipynb #46405cff
-def _check_arrays(images: np.ndarray, labels: Sequence, splits: Sequence | None) -> None:
+def _check_arrays(images: np.ndarray, labels: Sequence, splits: Sequence | None,
+                  groups: Sequence | None) -> None:
     "Raise `InputError` for arrays that are not images with one label each."
     shape = list(images.shape)
     if images.dtype != np.uint8 or not (images.ndim == 3 or images.ndim == 4 and shape[3] == 3):
         raise InputError(f'Images must be uint8 [N, H, W] or [N, H, W, 3], not {images.dtype} {shape}.')
     if not images.size: raise InputError(f'There are no images in an array of shape {shape}.')
-    if len(images) != len(labels): raise InputError(f'{len(images)} images but {len(labels)} labels.')
+    for name, values in [('labels', labels), ('groups', groups)]:
+        if values is not None and len(values) != len(images):
+            raise InputError(f'{len(images)} images but {len(values)} {name}.')
     if splits is not None and (len(splits) != len(images) or not set(splits) <= set(SPLITS)):
         raise InputError(f'Splits must be one of {", ".join(SPLITS)} for each image.')
 
@@ -176,15 +183,17 @@ def from_arrays(
     images: np.ndarray,  # `uint8 [N, H, W]` grey or `[N, H, W, 3]` RGB
     labels: Sequence,  # one label an image
     splits: Sequence[str] | None = None,  # one of `SPLITS` an image, where they are given
+    groups: Sequence | None = None,  # patient, day, place, …: what must not be spread over splits
     name: str = 'images',  # what to call it
     kind: str = 'photos',  # photos, digits or textures
     **facts,  # source, licence, citation
 ) -> ImageSet:
     "Images that are already in memory."
     images, labels = np.asarray(images), [str(label) for label in labels]
-    _check_arrays(images, labels, splits)
+    _check_arrays(images, labels, splits, groups)
     split = '' if splits is None else list(splits)
     items = pd.DataFrame(dict(image=np.arange(len(images)), label=labels, split=split))
+    if groups is not None: items['group'] = [str(group) for group in groups]
     return ImageSet(items, tuple(sorted(set(labels))), name, arrays=images, kind=kind, facts=facts)
 
 # %% ../nbs/02_data.ipynb #f49c3018
@@ -372,37 +381,59 @@ def from_folder(
     return ImageSet(items, _classes(items['label']), root.resolve().name, root=root, set_aside=set_aside,
                     facts=dict(source=root.resolve().name))
 
-# %% ../nbs/02_data.ipynb #a88d031e
-EMBEDDED: dict[str, Callable[[], ImageSet]] = dict(digits=digits, textures=textures)
+# %% ../nbs/02_data.ipynb #a1c5facd
+def _file_facts(source: Path | bytes) -> dict:
+    "Size and camera of a file, or of a file's bytes."
+    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    return dict(bytes=size, camera=_camera(io.BytesIO(source) if isinstance(source, bytes) else source))
 
 
-def load_images(
-    source: str | Path,  # the name of an embedded data set, or a folder
-) -> ImageSet:
-    "Whatever the source, the same table; raises `InputError` with what is possible."
-    if not str(source): raise InputError('The source is empty: name a folder or a data set.')
-    if isinstance(source, str) and source in EMBEDDED: return EMBEDDED[source]()
-    path = os.path.expanduser(source)
-    if os.path.isdir(path): return from_folder(path)
-    if os.path.exists(path):
-        raise InputError(f'{path} is a file. Give a folder that holds one folder per class.')
-    near = get_close_matches(str(source), EMBEDDED, n=1)
-    raise InputError(f'Unknown source {str(source)!r}: it is neither a folder nor one of '
-                     f'{", ".join(EMBEDDED)}.' + (f' Did you mean {near[0]}?' if near else ''))
+def _camera(file: Path | io.BytesIO) -> str:
+    "Maker and model of the camera as EXIF names them; empty where it does not."
+    try:
+        with _quietly(), Image.open(file) as image: exif = image.getexif()
+        return ' '.join(str(exif[tag]).strip(' \0') for tag in (271, 272) if tag in exif)
+    except Exception: return ''  # an unreadable EXIF block is the same as none
+
+
+def _pixel_facts(image: Image.Image) -> dict:
+    "Means of red, green and blue, the largest deviation of the three, and the share of the commonest value."
+    levels, shares = np.arange(256), np.array(image.histogram(), dtype=float).reshape(3, 256)
+    shares /= image.width * image.height
+    means = shares @ levels
+    contrast = np.sqrt(np.maximum(shares @ levels**2 - means**2, 0)).max()
+    return dict(zip(('red', 'green', 'blue'), means), contrast=contrast, commonest=shares.max(axis=1).min())
+
+# %% ../nbs/02_data.ipynb #71fe7c3a
+def difference_hash(
+    image: Image.Image,  # any size and mode
+) -> int:  # 64 bits: whether each of 8 × 8 grey values is darker than its right neighbour
+    "A hash that stays nearly the same when a picture is saved again, resized, or made brighter."
+    small = np.asarray(image.convert('L').resize((9, 8), Image.Resampling.BOX), np.int16)
+    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), 'big')
 
 # %% ../nbs/02_data.ipynb #873f5bee
 def _scan_one(data: ImageSet, row: int) -> dict | Finding:
     "Decode one image in full: its facts and a digest of its pixels, or the reason why it cannot be used."
     source = data.source(row)
     try:
-        image, facts = data.open(row), dict(format='array', mode=None, frames=1, rotated=False)
-        facts |= dict(mode=source.mode) if isinstance(source, Image.Image) else asdict(image_info(source))
+        image, facts = data.open(row), dict(format='array', frames=1, rotated=False, bytes=0, camera='')
+        if isinstance(source, Image.Image): facts |= dict(mode=source.mode)
+        else: facts |= asdict(image_info(source)) | _file_facts(source)
     except ImageError as error:
         evidence = str(error).removeprefix(f'{source} ')
         return Finding(error.kind, str(data.items['image'].iloc[row]), evidence,
                        'replace the file, or leave it set aside')
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-    return facts | dict(width=image.width, height=image.height, digest=digest)
+    return facts | dict(width=image.width, height=image.height, digest=digest,
+                        difference_hash=difference_hash(image)) | _pixel_facts(image)
+
+# %% ../nbs/02_data.ipynb #e5392776
+def _in_threads(function: Callable, values: Sequence, portion: int = 2048) -> Iterator:
+    "What `function` gives for each value, in order; a few threads work on one portion after another."
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(values), portion):
+            yield from pool.map(function, values[start:start + portion])
 
 # %% ../nbs/02_data.ipynb #7f09c931
 Progress = Callable[[int, int], None]  # called with how many are done and how many there are
@@ -415,131 +446,221 @@ def scan(
 ) -> ImageSet:  # with facts and digests in the table; what cannot be decoded is in `set_aside`
     "Decode every image once."
     facts, unusable = {}, []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for row, found in enumerate(pool.map(lambda row: _scan_one(self, row), range(len(self)))):
-            if isinstance(found, Finding): unusable.append(found)
-            else: facts[row] = found
-            if progress: progress(row + 1, len(self))
+    for row, found in enumerate(_in_threads(lambda row: _scan_one(self, row), range(len(self)))):
+        if isinstance(found, Finding): unusable.append(found)
+        else: facts[row] = found
+        if progress: progress(row + 1, len(self))
     if not facts: raise InputError(f'None of the {len(self)} images of {self.name} can be opened; '
                                    f'the first one {unusable[0].evidence}.')
-    known = pd.DataFrame(list(facts.values()))
+    known = pd.DataFrame(list(facts.values())).astype(dict(difference_hash=np.uint64))
     items = self.items.iloc[list(facts)].reset_index(drop=True).drop(columns=known.columns, errors='ignore')
     items, present = pd.concat([items, known], axis=1), set(items['label'])
     return replace(self, items=items, classes=tuple(label for label in self.classes if label in present),
                    set_aside=self.set_aside + unusable)
 
-# %% ../nbs/02_data.ipynb #7f166001
-SUFFIX_FORMATS = {suffix: ('JPEG', 'MPO') for suffix in ('.jpg', '.jpeg', '.jpe', '.jfif')} | {
-    '.png': ('PNG',), '.gif': ('GIF',), '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',),
-    '.webp': ('WEBP',)}
+# %% ../nbs/02_data.ipynb #c28c4af5
+Pairs = tuple[np.ndarray, np.ndarray]  # the first and the second of each, `int64 [P]`
 
 
-def _misnamed(data: ImageSet) -> Iterator[Finding]:
-    "Files whose name and content disagree."
-    if data.arrays is not None: return
-    for image, format in zip(data.items['image'], data.items['format']):
-        suffix = Path(image).suffix.lower()
-        if format not in SUFFIX_FORMATS.get(suffix, ()):
-            yield Finding('misnamed', image, f'is {format} but its name ends in {suffix or "nothing"}',
-                          'nothing: it is read by its content; rename it to spare others the surprise')
-
-# %% ../nbs/02_data.ipynb #54d0429d
-def _duplicates(data: ImageSet) -> Iterator[Finding]:
-    "The same pixels twice: within a class, across splits, or under two labels."
-    groups = defaultdict(list)
-    for item in data.items[data.items.duplicated('digest', keep=False)].itertuples(index=False):
-        groups[item.digest].append(item)
-    for group in groups.values():
-        labels, splits = sorted({item.label for item in group}), sorted({item.split for item in group})
-        for item in group[1:]:
-            pair = f'has the same pixels as {group[0].image}'
-            if len(labels) > 1:
-                yield Finding('two_labels', str(item.image), f'{pair}; labels: {", ".join(labels)}',
-                              'decide which label is right')
-            elif len(splits) > 1:
-                yield Finding('leak', str(item.image), f'{pair}; splits: {", ".join(splits)}',
-                              'remove one copy, or split again')
-            else: yield Finding('duplicate', str(item.image), pair, 'keep one copy')
-
-# %% ../nbs/02_data.ipynb #5cd152a2
-def _balance(data: ImageSet, most: float = 5) -> Iterator[Finding]:
-    "Classes too small to learn from, and classes far smaller than the largest."
-    counts = data.items['label'].value_counts()
-    for label, count in counts.items():
-        if count < 10:
-            images = f'{count} image{"s" if count > 1 else ""}'
-            yield Finding('few_images', label, images, 'collect more: 50 a class is a start')
-        elif counts.max() / count >= most:
-            yield Finding('imbalance', label, f'{count} images; {counts.idxmax()} has {counts.max()}',
-                          'collect more of it, weight it, and judge by balanced accuracy')
+def _equal_pieces(differ: np.ndarray, edges: list[int]) -> Iterator[np.ndarray]:
+    "For each piece of 64-bit differences, where it is 0: `bool` of the same shape."
+    for low, high in zip(edges, edges[1:]):
+        yield (differ >> np.uint64(low)) & np.uint64(2**(high - low) - 1) == 0
 
 
-def _absent(data: ImageSet) -> Iterator[Finding]:
-    "Classes without an image in a split that other classes have."
-    for split, group in data.items.groupby('split', sort=False):
-        for label in sorted(set(data.classes) - set(group['label'])):
-            yield Finding('missing_class', label, f'has no image in the split {split}',
-                          'add some, or let `split` cut new splits')
+def _candidates(hashes: np.ndarray, distance: int, block: int = 512) -> Iterator[Pairs]:
+    "Positions, a block at a time, of `uint64 [N]` hashes that differ in at most `distance` bits; each once."
+    edges = np.linspace(0, 64, distance + 2).astype(int).tolist()
+    for k, (low, high) in enumerate(zip(edges, edges[1:])):
+        piece = (hashes >> np.uint64(low)) & np.uint64(2**(high - low) - 1)
+        order = np.argsort(piece, kind='stable')
+        for same in np.split(order, np.flatnonzero(np.diff(piece[order])) + 1):
+            for start in range(0, len(same) - 1, block):
+                differ = hashes[same[start:start + block], None] ^ hashes[same[start:]]
+                close = np.triu(np.bitwise_count(differ) <= distance, 1)
+                for seen in _equal_pieces(differ, edges[:k + 1]): close &= ~seen
+                i, j = np.nonzero(close)
+                if len(i): yield same[start + i], same[start + j]
 
-# %% ../nbs/02_data.ipynb #1aa7940f
+# %% ../nbs/02_data.ipynb #1df2a560
+_THUMBNAIL = 16  # pixels a side
+_FLAT = 2.0  # grey levels of deviation, below which a thumbnail shows nothing
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    "`uint8 [768]`: the colours of a picture of 16 × 16 pixels."
+    small = image.convert('RGB').resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX, reducing_gap=3)
+    return np.asarray(small).ravel()
+
+
+def _correlated(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    "The correlations `float32 [A, B]` of two sets of thumbnails, `uint8 [A, 768]` and `uint8 [B, 768]`."
+    def unit(thumbnails):
+        x = thumbnails - thumbnails.mean(1, keepdims=True, dtype=np.float32)
+        deviation = x.std(1, keepdims=True)
+        scale = np.sqrt(x.shape[1], dtype=np.float32) * np.maximum(deviation, _FLAT)
+        return np.where(deviation < _FLAT, 0, x / scale)
+    return unit(first) @ unit(second).T
+
+
+def _both_flat(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    "Whether both show nothing, and the same nothing, `bool [A, B]`."
+    flat = [thumbnails.std(1) < _FLAT for thumbnails in (first, second)]
+    colours = [thumbnails.reshape(len(thumbnails), -1, 3).mean(1) for thumbnails in (first, second)]
+    close = np.abs(colours[0][:, None] - colours[1]).max(2) < _FLAT
+    return flat[0][:, None] & flat[1] & close
+
+# %% ../nbs/02_data.ipynb #895f88dc
+def _linked(pairs: list[Pairs], count: int) -> np.ndarray:
+    "The connected group of each of `count` things, numbered by first appearance, `int64 [count]`."
+    i, j = np.concatenate([np.stack(pair) for pair in pairs], axis=1)
+    links = coo_array((np.ones(len(i), bool), (i, j)), shape=(count, count))
+    return pd.factorize(connected_components(links, directed=False)[1])[0].astype(np.int64)
+
+
+def _same_picture(a: np.ndarray, b: np.ndarray, thumbnails: np.ndarray, correlation: float) -> np.ndarray:
+    "Which of the pairs `a`, `b` of rows of `uint8 [N, 768]` are the same picture, `bool [P]`."
+    (rows, i), (columns, j) = [np.unique(side, return_inverse=True) for side in (a, b)]
+    first, second = thumbnails[rows], thumbnails[columns]
+    return (_correlated(first, second)[i, j] > correlation) | _both_flat(first, second)[i, j]
+
+# %% ../nbs/02_data.ipynb #89c6e5ac
+class _Thumbnails(dict):
+    "Thumbnails of a table's rows, each made when it is first asked for."
+    def __init__(self, data: ImageSet, rows: np.ndarray): self.data, self.rows = data, rows
+
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        "`uint8 [N, 768]`."
+        missing = [k for k in np.unique(positions).tolist() if k not in self]
+        self.update(zip(missing, _in_threads(lambda k: _thumbnail(self.data.open(self.rows[k])), missing)))
+        return np.stack([self[k] for k in positions.tolist()])
+
+
+def _confirmed(data: ImageSet, rows: np.ndarray, distance: int, correlation: float) -> list[Pairs]:
+    "Pairs of rows that hash and pixels agree on; what is linked already is not compared again."
+    known, group, pairs = _Thumbnails(data, rows), np.arange(len(rows)), []
+    hashes = data.items['difference_hash'].to_numpy(np.uint64)[rows]
+    for i, j in _candidates(hashes, distance):
+        apart = group[i] != group[j]
+        if not apart.any(): continue
+        positions, pair = np.unique([i[apart], j[apart]], return_inverse=True)
+        a, b = pair.reshape(2, -1)
+        same = _same_picture(a, b, known.of(positions), correlation)
+        if not same.any(): continue
+        a, b = positions[a[same]], positions[b[same]]
+        pairs.append((rows[a], rows[b]))
+        group = _linked([(group[a], group[b])], len(rows))[group]
+    return pairs
+
+# %% ../nbs/02_data.ipynb #e2e9f843
 @patch
-def check(
-    self: ImageSet,  # any table; it is scanned first if it was not
-    progress: Progress | None = None,  # told how far the scan is
-) -> Findings:
-    "Everything that is wrong or odd, with what to do about it."
-    if 'digest' not in self.items: self = self.scan(progress)
-    return Findings([*self.set_aside, *_duplicates(self), *_misnamed(self), *_balance(self), *_absent(self)])
+def near_duplicates(
+    self: ImageSet,  # scanned
+    distance: int = 8,  # bits of 64 by which two difference hashes may differ to be looked at
+    correlation: float = 0.985,  # of two thumbnails, from which on they are the same picture
+) -> np.ndarray:  # `int64 [N]`; rows with the same number show the same picture
+    "Which images show the same: exact copies, and copies saved again, resized or brightened."
+    first = self.items.groupby('digest', sort=False).ngroup().to_numpy()
+    rows = np.flatnonzero(~self.items.duplicated('digest').to_numpy())
+    copies = (rows[first], np.arange(len(self)))
+    large = rows[self.items[['width', 'height']].min(axis=1).to_numpy()[rows] >= _THUMBNAIL]
+    return _linked([copies, *_confirmed(self, large, distance, correlation)], len(self))
 
 # %% ../nbs/02_data.ipynb #f429483f
-def _position(digest: str, seed: int) -> float:
-    "A number from 0 to 1 that depends on the image's pixels and the seed alone."
-    return int(hashlib.sha256(f'{seed} {digest}'.encode()).hexdigest()[:13], 16) / 16**13
+def _position(key: str, seed: int) -> float:
+    "A number from 0 to 1 that depends on a name and the seed alone."
+    return int(hashlib.sha256(f'{seed} {key}'.encode()).hexdigest()[:13], 16) / 16**13
 
-
-def _positions(data: ImageSet, seed: int) -> np.ndarray:
-    "The position of every image, `float64 [N]`."
-    return np.array([_position(digest, seed) for digest in data.items['digest']])
+# %% ../nbs/02_data.ipynb #3027bf0e
+def _units(data: ImageSet) -> tuple[np.ndarray, list[str]]:
+    "What must stay together: the unit of each row, `int64 [N]`, and a name for each unit."
+    rows, count = np.arange(len(data)), len(data)
+    group = data.items['group'] if 'group' in data.items else pd.Series(None, rows, object)
+    group = group.replace('', None)
+    grouped = rows[group.notna()]
+    links = [(rows, count + data.near_duplicates()),
+             (grouped, 2 * count + pd.factorize(group.iloc[grouped])[0])]
+    units = pd.factorize(_linked(links, 3 * count)[:count])[0].astype(np.int64)
+    of_unit = pd.DataFrame(dict(group=group.to_numpy(), digest=data.items['digest'])).groupby(units)
+    groups = of_unit['group'].agg(lambda names: min(names.dropna(), default=None))
+    return units, [digest if name is None else f'group {name}'
+                   for digest, name in zip(of_unit['digest'].min(), groups)]
 
 # %% ../nbs/02_data.ipynb #54e257ec
-def _split_class(positions: np.ndarray, shares: dict[str, float]) -> np.ndarray:
-    "Split names for the images of one class; what `shares` leaves is train; no split stays empty."
+def _assign(positions: np.ndarray, shares: dict[str, float]) -> np.ndarray:
+    "Split names for positions from 0 to 1; what `shares` leaves is train."
     names, ends = [*shares, 'train'], np.cumsum([*shares.values()])
-    splits = np.array(names, dtype=object)[np.searchsorted(ends, positions, side='right')]
+    return np.array(names, dtype=object)[np.searchsorted(ends, positions, side='right')]
+
+
+def _can_leave(unit: int, splits: np.ndarray, classes: list[np.ndarray]) -> bool:
+    "Whether each class that has this unit has another one in the same split."
+    return all((splits[own] == splits[unit]).sum() > 1 for own in classes if unit in own)
+
+
+def _fill_empty(splits: np.ndarray, positions: np.ndarray, classes: list[np.ndarray], shares: dict) -> None:
+    "Where a class has no unit in a split, move the nearest one; `classes` lists the units of each class."
+    names, ends = [*shares, 'train'], np.cumsum([*shares.values()])
     middles = (np.array([0, *ends]) + np.array([*ends, 1])) / 2
-    for name, middle in zip(names, middles):
-        if name in splits: continue
-        crowded = [other for other in names if len(set(positions[splits == other])) > 1]
-        distance = np.where(np.isin(splits, crowded), np.abs(positions - middle), np.inf)
-        splits[positions == positions[distance.argmin()]] = name
-    return splits
+    for own in classes:
+        for name, middle in zip(names, middles):
+            if name in splits[own]: continue
+            nearest = own[np.argsort(np.abs(positions[own] - middle), kind='stable')]
+            movable = (unit for unit in nearest if _can_leave(unit, splits, classes))
+            if (unit := next(movable, None)) is not None: splits[unit] = name
 
 # %% ../nbs/02_data.ipynb #5b839533
-def _check_classes(data: ImageSet) -> None:
+def _check_classes(data: ImageSet, units: np.ndarray) -> None:
     "Raise `InputError` for what no classifier can be trained and tested on."
     if len(data.classes) < 2:
         raise InputError(f'{data.name} has one class only ({data.classes[0]!r}); a classifier needs at least '
                          'two. Put each class into a folder of its own.')
     given = (data.items['split'] != '').all()
     needed = 1 + sum(split not in set(data.items['split']) for split in ('valid', 'test')) if given else 3
-    usable = data.items[data.items['split'] == 'train'] if given else data.items
-    distinct = usable.groupby('label')['digest'].nunique()
+    usable = (data.items['split'] == 'train').to_numpy() if given else np.ones(len(data), bool)
+    distinct = pd.Series(units[usable]).groupby(data.items['label'].to_numpy()[usable]).nunique()
     for label in data.classes:
         have = int(distinct.get(label, 0))
         if have >= needed: continue
-        images = ('training ' if given else '') + ('image' if have == 1 else 'images')
-        raise InputError(f'Too few images to split: {label!r} has {have} distinct {images}, and every class '
-                         f'needs at least {needed}: one to train on and one for each split that is cut.')
+        what = 'group' if 'group' in data.items else 'distinct training image' if given else 'distinct image'
+        raise InputError(f'Too few images to split: {label!r} has {have} {what}{"" if have == 1 else "s"}, '
+                         f'and every class needs at least {needed}: one to train on and one for each split '
+                         'that is cut.')
 
 # %% ../nbs/02_data.ipynb #a13d6fed
+def _unit_splits(data: ImageSet, units: np.ndarray, names: list[str], classes: Sequence[str],
+                 rows: np.ndarray, shares: dict[str, float], seed: int) -> np.ndarray:
+    "The split of each unit by its position; none of `classes` stays without a unit in a split."
+    positions = np.array([_position(name, seed) for name in names])
+    splits, labels = _assign(positions, shares), data.items['label'].to_numpy()[rows]
+    _fill_empty(splits, positions, [np.unique(units[rows][labels == label]) for label in classes], shares)
+    return splits
+
+
 def _split_rows(data: ImageSet, rows: np.ndarray, shares: dict[str, float], seed: int) -> ImageSet:
-    "Give some rows new splits, class by class."
-    positions, splits = _positions(data, seed), data.items['split'].to_numpy(dtype=object).copy()
-    labels = data.items['label'].to_numpy()
-    for label in data.classes:
-        of_class = rows[labels[rows] == label]
-        splits[of_class] = _split_class(positions[of_class], shares)
+    "Give some rows new splits, unit by unit."
+    units, names = _units(data)
+    _check_classes(data, units)
+    splits = data.items['split'].to_numpy(dtype=object).copy()
+    splits[rows] = _unit_splits(data, units, names, data.classes, rows, shares, seed)[units[rows]]
     return replace(data, items=data.items.assign(split=splits))
+
+# %% ../nbs/02_data.ipynb #41932754
+def _extend(data: ImageSet, previous: ImageSet, shares: dict[str, float], seed: int) -> ImageSet:
+    "Images of an earlier split stay where they were; newcomers join their unit, or get a split of their own."
+    units, names = _units(data)
+    fresh = [label for label in data.classes if label not in previous.classes]
+    splits = pd.Series(_unit_splits(data, units, names, fresh, np.arange(len(data)), shares, seed))
+    old = data.items['digest'].map(dict(zip(previous.items['digest'], previous.items['split'])))
+    settled = pd.DataFrame(dict(unit=units, split=old)).dropna().groupby('unit')['split']
+    splits.update(settled.first())
+    torn = settled.nunique().loc[lambda count: count > 1].index
+    bridges = old.isna().to_numpy() & np.isin(units, torn)
+    aside = [Finding('bridge', str(image), 'belongs with images in two splits of the earlier table',
+                     'nothing: it is left out, so that no earlier image has to move')
+             for image in data.items['image'][bridges]]
+    items = data.items.assign(split=old.fillna(pd.Series(splits.to_numpy()[units], old.index)))
+    return replace(data, items=items[~bridges].reset_index(drop=True), set_aside=data.set_aside + aside)
 
 # %% ../nbs/02_data.ipynb #bc10a249
 @patch
@@ -548,17 +669,20 @@ def split(
     valid: float = 0.15,  # share for choosing (epochs, thresholds, settings)
     test: float = 0.15,  # share for the one final measurement
     seed: int = 0,  # another seed gives another split
+    previous: ImageSet | None = None,  # an earlier split, whose images stay where they are
 ) -> ImageSet:  # with `split` filled in; splits that came with the data are kept
-    "Class by class, decided by each image's pixels: copies stay together, later images move none of these."
+    "Decided by each image's pixels or group: what belongs together stays together, in one of three splits."
     if not (valid > 0 and test > 0 and valid + test < 1):
         raise InputError(f'The shares valid={valid} and test={test} must be above 0 and leave something '
                          'to train on.')
     if 'digest' not in self.items: self = self.scan()
-    _check_classes(self)
     shares, present = dict(test=test, valid=valid), set(self.items['split'])
+    if previous is not None and '' in present: return _extend(self, previous, shares, seed)
     if '' in present: return _split_rows(self, np.arange(len(self)), shares, seed)
     missing = {split: share for split, share in shares.items() if split not in present}
-    return _split_rows(self, self.where('train'), missing, seed) if missing else self
+    if missing: return _split_rows(self, self.where('train'), missing, seed)
+    _check_classes(self, np.arange(len(self)))
+    return self
 
 # %% ../nbs/02_data.ipynb #49cd8f16
 @patch
@@ -586,11 +710,22 @@ def pixels(
     "Open and preprocess images with a few threads."
     p = preprocessing
     pixels = np.empty((len(rows), p.height, p.width, p.channels), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for i, image in enumerate(pool.map(lambda row: p(self.open(row, p.mode)), rows)):
-            pixels[i] = image
-            if progress: progress(i + 1, len(rows))
+    for i, image in enumerate(_in_threads(lambda row: p(self.open(row, p.mode)), rows)):
+        pixels[i] = image
+        if progress: progress(i + 1, len(rows))
     return pixels
+
+# %% ../nbs/02_data.ipynb #4b228eb1
+@contextmanager
+def _seeded(*numbers: int):
+    "Python's, NumPy's and PyTorch's generators start from `numbers` inside, and go on as before outside."
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try: yield
+    finally: random.setstate(before[0]), np.random.set_state(before[1]), torch.set_rng_state(before[2])
 
 # %% ../nbs/02_data.ipynb #5a22ccf0
 class PixelDataset:
@@ -602,8 +737,11 @@ class PixelDataset:
         preprocessing: Preprocessing,  # size, channels and fit
         in_memory: bool = True,  # read everything now
         progress: Progress | None = None,  # told how far reading is
+        item_tfm: Callable[[Image.Image], Image.Image] | None = None,  # a random change of one opened picture
+        seed: int = 0,  # of `item_tfm`
     ):
         self.data, self.split, self.preprocessing, self.vocab = data, split, preprocessing, list(data.classes)
+        self.item_tfm, self.seed, self.epoch = item_tfm, seed, 0
         self.rows = data.where(split)
         self.labels = torch.from_numpy(data.targets(self.rows))
         self.pixels = data.pixels(self.rows, preprocessing, progress) if in_memory else None
@@ -618,19 +756,34 @@ class PixelDataset:
 
 # %% ../nbs/02_data.ipynb #39440d11
 @patch
+def open_item(
+    self: PixelDataset,  # one split
+    i: int,  # position within the split
+) -> np.ndarray:  # `uint8 [H, W, C]`
+    "Open one picture, change it at random if there is an `item_tfm`, and prepare it."
+    row, p = int(self.rows[i]), self.preprocessing
+    image = self.data.open(row, p.mode)
+    if self.item_tfm is None: return p(image)
+    with _seeded(self.seed, self.epoch, row): return p(self.item_tfm(image))
+
+
+@patch
 def batch(
     self: PixelDataset,  # one split
     indices: Sequence[int],  # positions within the split
 ) -> tuple[TensorImage, TensorCategory]:  # `uint8 [N, C, H, W]` pixels and `int64 [N]` class numbers
     "Many items at once."
-    p = self.preprocessing
     if self.pixels is not None: pixels = self.pixels[indices]
-    else: pixels = np.stack([p(self.data.open(self.rows[i], p.mode)) for i in indices])
+    else: pixels = np.stack([self.open_item(i) for i in indices])
     return TensorImage(torch.from_numpy(pixels).permute(0, 3, 1, 2)), TensorCategory(self.labels[indices])
 
 
 class BatchLoader(TfmdDL):
     "A fastai loader that fetches a whole batch at once instead of one item at a time."
+    def before_iter(self):
+        super().before_iter()
+        self.dataset.epoch += 1
+
     def create_batches(self, samples):
         for indices in self.chunkify(samples): yield self.dataset.batch(list(indices))
 
@@ -644,6 +797,9 @@ def dataloaders(
     memory_limit: float = 2e9,  # bytes of pixels up to which everything is held in memory
     device=None,  # fastai's choice by default: a GPU where there is one
     progress: Progress | None = None,  # told how far reading is
+    item_tfm: Callable[[Image.Image], Image.Image] | None = None,  # a random change of each training picture
+    seed: int = 0,  # of `item_tfm`
+    workers: int | None = None,  # background processes that open files; up to 8 by default, 0 for none
 ) -> DataLoaders:  # three loaders: train, valid, test
     "fastai `DataLoaders` over the three splits; the test split travels with them as `dls[2]`."
     _check_loadable(self, batch_size)
@@ -651,11 +807,14 @@ def dataloaders(
     in_memory = len(self) * p.height * p.width * p.channels <= memory_limit
     stats, loaders = Normalize.from_stats(p.mean, p.std, cuda=False), []
     for name in SPLITS:
-        dataset, training = PixelDataset(self, name, p, in_memory, progress), name == 'train'
+        training = name == 'train'
+        kept, item = in_memory and not (training and item_tfm), item_tfm if training else None
+        dataset = PixelDataset(self, name, p, kept, progress, item, seed)
         tfms = [IntToFloatTensor(), *(batch_tfms if training else ()), stats]
-        workers = 0 if in_memory else min(8, os.cpu_count())
+        processes = 0 if kept else min(8, os.cpu_count()) if workers is None else workers
         loaders.append(BatchLoader(dataset, bs=min(batch_size, len(dataset)), shuffle=training,
-                                   after_batch=tfms, drop_last=training, num_workers=workers, device=device))
+                                   after_batch=tfms, drop_last=training, num_workers=processes,
+                                   device=device))
     return DataLoaders(*loaders, device=device)
 
 # %% ../nbs/02_data.ipynb #9a131127

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 IMGCLS = shutil.which('imgcls', path=str(Path(sys.executable).parent))  # the command as it is installed
+# A shell that starts pytest in the background has it ignore Ctrl-C, and so would every command that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 OFFLINE = dict(HF_HUB_OFFLINE='1', PYTHONWARNINGS='default')
 
 

@@ -6,9 +6,10 @@ from hypothesis import given, settings, strategies as st
 
 from imgcls_nb.balance import (BALANCE, balance_loader, batch_statistics, channel_statistics, class_weights, draw_by_weight,
                                long_tail, normalized, oversample_rows, sample_weights, smote_features, smote_plan)
-from imgcls_nb.data import from_arrays, load_images
+from imgcls_nb.data import from_arrays
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.run import InputError
+from imgcls_nb.sources import load_images
 
 P = Preprocessing(8, 8, 1)
 CPU = torch.device('cpu')

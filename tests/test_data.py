@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from imgcls_nb.data import from_arrays, from_folder, load_images
+from imgcls_nb.data import from_arrays, from_folder
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.run import InputError
+from imgcls_nb.sources import load_images
 
 P = Preprocessing(16, 16, 1)
 
@@ -52,27 +53,6 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else():
     assert (data.split(seed=1).items['split'] != data.split(seed=2).items['split']).any()
     shuffled = from_arrays(data.arrays[::-1], data.items['label'][::-1]).split(seed=1)
     assert (shuffled.items['split'][::-1].to_numpy() == data.split(seed=1).items['split'].to_numpy()).all()
-
-
-def test_planted_duplicates_conflicts_and_leaks_are_found():
-    images, labels = noise(40), ['cat'] * 20 + ['dog'] * 20
-    splits = ['train'] * 10 + ['test'] * 10 + ['train'] * 10 + ['test'] * 10
-    images[1], images[25], images[35] = images[0], images[5], images[22]
-    data = from_arrays(images, labels, splits)
-    found = {(finding.kind, finding.image) for finding in data.check()}
-    assert found == {('duplicate', '1'), ('two_labels', '25'), ('leak', '35')}
-
-
-@pytest.mark.parametrize('name', ['digits', 'textures'])
-def test_no_false_alarm_on_the_embedded_sets(name):
-    assert list(load_images(name).check()) == []
-
-
-def test_imbalance_and_small_classes_are_found():
-    data = from_arrays(noise(107), ['many'] * 100 + ['few'] * 7)
-    assert [(f.kind, f.image) for f in data.check()] == [('few_images', 'few')]
-    data = from_arrays(noise(120), ['many'] * 100 + ['less'] * 20)
-    assert [(f.kind, f.image) for f in data.check()] == [('imbalance', 'less')]
 
 
 @pytest.fixture
@@ -140,3 +120,27 @@ def test_the_fingerprint_follows_the_content():
     data = load_images('digits').split()
     assert data.fingerprint() == load_images('digits').split().fingerprint()
     assert data.fingerprint() != load_images('digits').split(seed=1).fingerprint()
+
+
+def random_cut(image):
+    "A random square of four pixels."
+    left, top = np.random.randint(0, image.width - 3), np.random.randint(0, image.height - 3)
+    return image.crop((left, top, left + 4, top + 4))
+
+
+@pytest.mark.parametrize('memory_limit', [2e9, 0])
+def test_the_same_seed_gives_the_same_images_with_any_number_of_workers(memory_limit):
+    "Order, random cuts of single pictures and augmentation of batches, epoch after epoch."
+    from fastai.torch_core import set_seed
+    from fastai.vision.augment import aug_transforms
+    data = load_images('digits').split()
+
+    def epochs(workers, seed, item_tfm=random_cut):
+        set_seed(seed)
+        train = data.dataloaders(P, aug_transforms(max_rotate=30), 128, memory_limit, item_tfm=item_tfm, seed=seed, workers=workers).train
+        return [np.stack([images.cpu().numpy() for images, _ in train]) for _ in range(2)]
+
+    alone, helped, other = epochs(0, 3), epochs(2, 3), epochs(0, 4)
+    assert (alone[0] == helped[0]).all() and (alone[1] == helped[1]).all()
+    assert (alone[0] != alone[1]).any() and (alone[0] != other[0]).any()
+    assert (epochs(0, 3, None)[0] == epochs(2, 3, None)[0]).all()

@@ -14,7 +14,7 @@ PATHS = re.compile(r'(?<![\w.])/(?:home|root|tmp|work|Users|private)/|site-packa
 def test_unflagged_cells_run(name, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     before = set(BY_NAME[name].parent.iterdir())
-    run_notebook(BY_NAME[name], timeout=300)  # the error's message holds the failing cell
+    run_notebook(BY_NAME[name], timeout=900)  # the error's message holds the failing cell
     assert set(BY_NAME[name].parent.iterdir()) == before, 'the notebook left files behind'
 
 

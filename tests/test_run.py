@@ -56,7 +56,7 @@ def test_the_export_agrees_with_the_trained_model(digits_run):
 def test_the_recorded_predictions_come_from_the_bundle(digits_run):
     "The figure in bundle.json is not taken on trust: the stored probabilities are computed again from raw pixels."
     from imgcls_nb.bundle import load_bundle
-    from imgcls_nb.data import load_images
+    from imgcls_nb.sources import load_images
     bundle = load_bundle(digits_run['bundle'])
     stored = np.load(Path(digits_run['run'])/'predictions.npz')
     pixels = load_images('digits').pixels(stored['rows'], bundle.preprocessing)

@@ -103,22 +103,6 @@ def image_learner(
     learn.recipe = recipe
     return learn
 
-# %% ../nbs/06_train.ipynb #b06a0002
-def _check_loss(loss: Callable | None, balance: str) -> None:
-    "Raise `InputError` for an unknown way to balance, and for one that is a loss beside another loss."
-    if check_balance(balance) in ('weights', 'effective', 'focal') and loss is not None:
-        raise InputError(f'balance={balance!r} is a loss of its own: leave out either it or the other loss.')
-
-
-def _loss_function(dls, balance: str) -> Callable:
-    "The loss that goes with a way to balance: weighted, focal, or plain cross-entropy."
-    if balance == 'focal': return FocalLossFlat()
-    if balance not in ('weights', 'effective'): return CrossEntropyLossFlat()
-    dataset = dls.train.dataset
-    weights = class_weights(dataset.labels.numpy(), len(dataset.vocab),
-                            'inverse' if balance == 'weights' else balance)
-    return CrossEntropyLossFlat(weight=torch.tensor(weights, dtype=torch.float32, device=dls.device))
-
 # %% ../nbs/06_train.ipynb #1415d9bd
 def _ready(data: ImageSet) -> ImageSet:
     "The table with its images' facts; one without a training split is refused."
@@ -139,6 +123,22 @@ def _new_model(recipe: dict, classes: int, p: Preprocessing) -> torch.nn.Module:
     "A network with or without pretrained weights, for these classes and this input."
     if recipe['pretrained']: return pretrained_model(recipe['architecture'], classes)
     return create_model(recipe['architecture'], classes, p.channels, (p.height, p.width))
+
+# %% ../nbs/06_train.ipynb #b06a0002
+def _check_loss(loss: Callable | None, balance: str) -> None:
+    "Raise `InputError` for an unknown way to balance, and for one that is a loss beside another loss."
+    if check_balance(balance) in ('weights', 'effective', 'focal') and loss is not None:
+        raise InputError(f'balance={balance!r} is a loss of its own: leave out either it or the other loss.')
+
+
+def _loss_function(dls, balance: str) -> Callable:
+    "The loss that goes with a way to balance: weighted, focal, or plain cross-entropy."
+    if balance == 'focal': return FocalLossFlat()
+    if balance not in ('weights', 'effective'): return CrossEntropyLossFlat()
+    dataset = dls.train.dataset
+    weights = class_weights(dataset.labels.numpy(), len(dataset.vocab),
+                            'inverse' if balance == 'weights' else balance)
+    return CrossEntropyLossFlat(weight=torch.tensor(weights, dtype=torch.float32, device=dls.device))
 
 # %% ../nbs/06_train.ipynb #b06a0004
 class RefitHead(Callback):

@@ -87,6 +87,16 @@ def _failure(error: Exception, what: str) -> ImageError:
         return ImageError('truncated', 'is cut off: the file ends too early')
     return ImageError('damaged', f'{what} ({reason})')
 
+# %% ../nbs/01_images.ipynb #d63f20f0
+def _check_tiles(image: Image.Image, limits: Limits) -> None:
+    "Refuse a TIFF whose tiles are larger than the whole picture may be."
+    tags = getattr(image, 'tag_v2', {})
+    width, height = tags.get(322, 0), tags.get(323, 0)  # TileWidth, TileLength
+    if not (isinstance(width, int) and isinstance(height, int)): return  # the decoder refuses them
+    if width * height > limits.max_pixels:
+        raise ImageError('too_many_pixels', f'has tiles of {width} × {height} pixels; '
+                                            f'the limit is {limits.max_pixels:,}')
+
 # %% ../nbs/01_images.ipynb #081c8bfe
 _LONGEST_SIDE = 2**24 - 1  # Pillow's resampling counts pixels in 32-bit floating point, exact up to here
 
@@ -102,6 +112,7 @@ def _open_header(data: bytes, limits: Limits) -> Image.Image:
         raise ImageError('not_an_image', f'is not an image in one of {", ".join(limits.formats)}') from error
     except Exception as error:  # a damaged header raises whatever its format's reader trips over
         raise _failure(error, 'has a damaged header') from error
+    _check_tiles(image, limits)
     if image.width * image.height > limits.max_pixels or max(image.size) > _LONGEST_SIDE:
         raise ImageError('too_many_pixels', f'is {image.width} × {image.height} pixels; '
                                             f'the limit is {limits.max_pixels:,} in all')
@@ -246,15 +257,25 @@ def _count_frames(image: Image.Image) -> int:
         with _quietly(): return getattr(image, 'n_frames', 1)
     except Exception: return 1
 
+# %% ../nbs/01_images.ipynb #e6faa629
+_PNG_NOTES = b'eXIf', b'Raw profile type', b'XML:com.adobe.xmp'  # where Pillow looks for a turn
+
+
+def _is_rotated(image: Image.Image, data: bytes) -> bool:
+    "Whether EXIF asks for a turn; a PNG is decoded for that only if it may say so."
+    if image.format == 'PNG' and not any(note in data for note in _PNG_NOTES): return False
+    return _orientation(image) in _TURNS
+
 # %% ../nbs/01_images.ipynb #f37c264f
 def image_info(
     source: bytes | str | Path,  # a path, or a file's bytes
     limits: Limits = Limits(),  # what to refuse
 ) -> ImageInfo:
     "Read the header alone; raises `ImageError` as `open_image` does."
-    image = _open_header(_read(source, limits), limits)
-    rotated = _orientation(image) in _TURNS
-    return ImageInfo(image.format, image.mode, image.width, image.height, _count_frames(image), rotated)
+    data = _read(source, limits)
+    image = _open_header(data, limits)
+    return ImageInfo(image.format, image.mode, image.width, image.height, _count_frames(image),
+                     _is_rotated(image, data))
 
 # %% ../nbs/01_images.ipynb #14f56781
 INTERPOLATIONS = {name: getattr(Image.Resampling, name.upper())

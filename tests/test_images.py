@@ -143,3 +143,66 @@ def test_a_large_file_is_not_read(tmp_path):
     path = tmp_path/'large.jpg'
     with path.open('wb') as file: file.truncate(10**10)  # sparse: takes no space
     with pytest.raises(ImageError, match='bytes'): open_image(path)
+
+
+def tiff_with_a_tile(side: int) -> bytes:
+    "A TIFF of 16 × 16 grey pixels, stored as one compressed tile of `side` × `side`: small as a file, large in memory."
+    squeezer = zlib.compressobj(9)
+    body = b''.join(squeezer.compress(bytes(side)) for _ in range(side)) + squeezer.flush()
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side), (324, 0), (325, 0)]
+    start = 8 + 2 + 12 * len(tags) + 4
+    values = {324: start, 325: len(body)}
+    entries = b''.join(struct.pack('<HHII', tag, 4, 1, values.get(tag, value)) for tag, value in tags)
+    return b'II*\0' + struct.pack('<IH', 8, len(tags)) + entries + bytes(4) + body
+
+
+def test_a_tile_counts_as_a_picture():
+    "The decoder unpacks whole tiles, so a picture of 16 × 16 pixels could take any amount of memory."
+    assert open_image(tiff_with_a_tile(256)).size == (16, 16)
+    with pytest.raises(ImageError, match='tiles of 2048 × 2048') as caught:
+        open_image(tiff_with_a_tile(2048), limits=Limits(max_pixels=1_000_000))
+    assert caught.value.kind == 'too_many_pixels'
+
+
+def png_chunks(png: bytes) -> list[bytes]:
+    "The chunks of a PNG, without its signature."
+    chunks, position = [], 8
+    while position < len(png):
+        length = 12 + int.from_bytes(png[position:position + 4], 'big')
+        chunks.append(png[position:position + length])
+        position += length
+    return chunks
+
+
+def test_info_of_a_png_decodes_no_pixels(monkeypatch):
+    "Pillow's `getexif` loads a whole PNG to look for EXIF behind the pixels; the header is enough where there is none."
+    from PIL import PngImagePlugin
+    picture = patch('brick', 2)
+    plain, turned = encoded(picture, 'PNG'), encoded(picture, 'PNG', exif=rotated_exif(6))
+    loads, load = [], PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', lambda self: loads.append(self) or load(self))
+    assert not image_info(plain).rotated and not loads
+    assert image_info(turned).rotated
+    exif = [chunk for chunk in png_chunks(turned) if chunk[4:8] == b'eXIf']
+    others = [chunk for chunk in png_chunks(turned) if chunk[4:8] != b'eXIf']
+    behind = turned[:8] + b''.join([*others[:-1], *exif, others[-1]])
+    assert image_info(behind).rotated and open_image(behind).size == open_image(turned).size
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    "One chunk with its length and checksum."
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize('extra, opens', [
+    (png_chunk(b'prVt', b'') * 20_000, True), (png_chunk(b'tEXt', b'a\0b') * 20_000, True),
+    (png_chunk(b'zTXt', b'a\0\0' + zlib.compress(bytes(10**7))), False),
+    (png_chunk(b'iCCP', b'a\0\0' + zlib.compress(bytes(10**7))), False)])
+@pytest.mark.parametrize('behind', [False, True])
+def test_chunks_that_unpack_to_much_are_refused(extra, opens, behind):
+    first, *middle, last = png_chunks(encoded(Image.new('L', (8, 8), 7), 'PNG'))
+    parts = [first, *middle, extra, last] if behind else [first, extra, *middle, last]
+    data = b'\x89PNG\r\n\x1a\n' + b''.join(parts)
+    if opens: assert open_image(data, 'L').getpixel((0, 0)) == 7
+    else:
+        with pytest.raises(ImageError): open_image(data)

@@ -70,9 +70,9 @@ def print_table(rows: list[list[str]], heading: list[str], title: str = '') -> N
 def run_command(args: argparse.Namespace) -> int:
     "`imgcls run SOURCE`: check, split, train, evaluate, export, compress, report."
     screen = Screen(quiet=args.json)
-    from imgcls_nb.sources import load_images
     from imgcls_nb.task import Task, machine
-    data = load_images(args.source)
+    _check_options(args)
+    data = _load(args)
     run = create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source), seed=args.seed,
                      hardware=machine().as_dict())
     args.folder = run.folder
@@ -92,6 +92,25 @@ def _safe_name(name: str) -> str:
     "A folder's name from any text."
     name = ''.join('_' if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in name).strip('. ')
     return name or 'run'
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    "Refuse a name that nothing has before the first image is read."
+    from imgcls_nb.augment import augmentations, mixing
+    from imgcls_nb.balance import check_balance
+    from imgcls_nb.models import check_architecture
+    if args.arch: check_architecture(args.arch)
+    augmentations(args.augment or 'none'), mixing(args.mix), check_balance(args.balance)
+
+# %% ../nbs/21_cli.ipynb #b7e02d45
+def _load(args: argparse.Namespace):
+    "The table of images that the arguments name, with the edits made by hand."
+    from imgcls_nb.sources import load_images
+    data = load_images(args.source, args.images, args.pattern)
+    if not args.edits: return data
+    from imgcls_nb.labelling import EditLog
+    if not os.path.isfile(args.edits): raise InputError(f'There is no log of edits at {args.edits}.')
+    return EditLog(args.edits).apply(data)
 
 # %% ../nbs/21_cli.ipynb #30fa363a
 def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
@@ -118,6 +137,7 @@ def _count_kinds(findings) -> str:
 # %% ../nbs/21_cli.ipynb #3a9157c0
 def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     "Make a learner, say how long it will take, and train it."
+    from imgcls_nb.augment import mixing
     from imgcls_nb.train import EpochLog, ReportProgress, SaveCheckpoint, default_epochs, image_learner, train
     with stage(run, 'prepare'), screen.bar('prepare') as progress:
         pretrained = False if args.from_scratch else None
@@ -128,8 +148,8 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
     with stage(run, 'train'), screen.bar('train') as progress:
         train(learn, args.epochs, args.learning_rate,
-              (EpochLog(run.log), SaveCheckpoint(run.checkpoint), ReportProgress(progress)))
-    save_record(run, recipe=learn.recipe)
+              (EpochLog(run.log), SaveCheckpoint(run.checkpoint), ReportProgress(progress), *mixing(args.mix)))
+    save_record(run, recipe=learn.recipe | dict(mix=args.mix))
     return learn
 
 # %% ../nbs/21_cli.ipynb #f551d700
@@ -240,9 +260,8 @@ def _features(data, screen: Screen):
 def data_command(args: argparse.Namespace) -> int:
     "`imgcls data SOURCE`: what is in it, and what is wrong with it."
     from imgcls_nb.check import findings_page
-    from imgcls_nb.sources import load_images
     screen = Screen(quiet=args.json)
-    data = load_images(args.source)
+    data = _load(args)
     with screen.bar('check') as progress: data = data.scan(progress)
     findings = data.check(features=_features(data, screen) if args.labels else None)
     if args.pictures: write_text(args.pictures, findings_page(data, findings))
@@ -323,19 +342,30 @@ def serve_command(args: argparse.Namespace) -> int:
 SOURCES = "a data set's name, hf:OWNER/NAME, a folder, a table (.csv), or arrays (.npz)"
 
 
+def _add_source(p: argparse.ArgumentParser) -> None:
+    "Where the images come from."
+    p.add_argument('source', help=SOURCES)
+    p.add_argument('--images', metavar='FOLDER', help='for a table: the folder that its paths are relative to')
+    p.add_argument('--pattern', metavar='REGEX',
+                   help='for a folder: labels from file names, such as "(?P<label>[a-z]+)_[0-9]+"')
+    p.add_argument('--edits', metavar='LOG', help='apply the log that a labelling grid wrote')
+
+
 def _add_run(commands) -> None:
     "Options of `imgcls run`."
     examples = 'examples:\n  imgcls run digits\n  imgcls run photos --epochs 5 --target 0.95 --strict'
     p = commands.add_parser('run', help='check, split, train, evaluate, export, compress, report',
                             formatter_class=_Format, epilog=examples)
-    p.add_argument('source', help=SOURCES)
+    _add_source(p)
     p.add_argument('--arch', help='small_cnn, or any timm model (default: chosen for the data)')
     p.add_argument('--from-scratch', action='store_true', help='do not start from pretrained weights')
     p.add_argument('--epochs', type=_positive, help='passes over the training images')
     p.add_argument('--learning-rate', type=float, help='the highest of the schedule')
     p.add_argument('--size', type=_positive, help='side of the input in pixels')
     p.add_argument('--batch-size', type=_positive, help='images in one step (default: chosen for the data)')
-    p.add_argument('--augment', help='digits, photos, textures or none (default: by kind of data)')
+    p.add_argument('--augment', help='what is in the pictures: digits, photos, textures, documents, medical, '
+                                     'satellite, or none (default: by kind of data)')
+    p.add_argument('--mix', default='none', help='mix pictures in training: none, mixup or cutmix')
     p.add_argument('--balance', default='none',
                    help='for rare classes: none, weights, effective, sampler, oversample, smote or focal')
     p.add_argument('--seed', type=int, default=0, help='of the split, the weights and the order')
@@ -361,7 +391,7 @@ def _add_data(commands) -> None:
                             formatter_class=_Format,
                             epilog='examples:\n  imgcls data photos --out photos.csv\n'
                                    '  imgcls data photos --labels --pictures found.html')
-    p.add_argument('source', help=SOURCES)
+    _add_source(p)
     p.add_argument('--out', help='write the table, with what was set aside and why, to this CSV file')
     p.add_argument('--labels', action='store_true', help='look for wrong labels, with a pretrained network')
     p.add_argument('--pictures', metavar='PAGE', help='write what was found, with pictures, to this page')

@@ -741,6 +741,7 @@ class PixelDataset:
         seed: int = 0,  # of `item_tfm`
     ):
         self.data, self.split, self.preprocessing, self.vocab = data, split, preprocessing, list(data.classes)
+        self.split_idx = int(split != 'train')  # by this, fastai's transforms know whether they train
         self.item_tfm, self.seed, self.epoch = item_tfm, seed, 0
         self.rows = data.where(split)
         self.labels = torch.from_numpy(data.targets(self.rows))

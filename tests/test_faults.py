@@ -72,10 +72,20 @@ def test_no_permission_to_write(tmp_path):
 
 
 @pytest.mark.parametrize('option', [['--arch', 'resnet1'], ['--augment', 'upside-down'], ['--metric', 'f2'], ['--target', '98'],
-                                    ['--size', '2', '--arch', 'simple_cnn']])
+                                    ['--size', '2', '--arch', 'simple_cnn'], ['--edits', 'no log']])
 def test_options_that_make_no_sense(option, tmp_path):
     assert_sentence(imgcls('run', 'digits', '--epochs', '1', *option, cwd=tmp_path))
     assert_no_leftovers(tmp_path)
+
+
+@pytest.mark.parametrize('option, words', [('arch', 'resnet1'), ('augment', 'none, digits'), ('balance', 'oversample'), ('mix', 'cutmix')])
+def test_a_name_that_nothing_has_leaves_no_run_behind(option, words, tmp_path):
+    from imgcls_nb.cli import main
+    from imgcls_nb.run import InputError
+    import contextlib, io
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main(['run', 'digits', f'--{option}', 'upside-down-resnet1', '--runs', str(tmp_path/'runs')]) == InputError.exit_code
+    assert words in said.getvalue() and not (tmp_path/'runs').exists()
 
 
 def test_an_unknown_architecture_names_the_nearest(tmp_path):

@@ -136,6 +136,26 @@ def test_data_lists_findings(photo_folder):
     assert found['really a png.jpg'] == 'misnamed'
 
 
+def test_data_takes_labels_from_names_from_a_table_and_from_a_log(tmp_path):
+    from PIL import Image
+    from imgcls_nb.labelling import EditLog
+    (tmp_path/'my photos').mkdir()
+    for i in range(4): Image.linear_gradient('L').rotate(17 * i).save(tmp_path/'my photos'/f'猫_{i}.png')
+    for i in range(4): Image.radial_gradient('L').rotate(17 * i).crop((i, 0, 200, 200)).save(tmp_path/'my photos'/f'dog_{i}.png')
+    by_name = ['data', 'my photos', '--pattern', r'(?P<label>\w+?)_\d', '--out', 'table.csv', '--json']
+    result = imgcls(*by_name, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    labels = [row['label'] for row in csv.DictReader((tmp_path/'table.csv').open(encoding='utf-8'))]
+    assert sorted(labels) == ['dog'] * 4 + ['猫'] * 4
+    EditLog(tmp_path/'edits.jsonl').label('dog_1.png', 'puppy')
+    table = ['data', 'table.csv', '--images', 'my photos', '--edits', 'edits.jsonl', '--out', 'edited.csv', '--json']
+    result = imgcls(*table, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    edited = {row['image']: row['label'] for row in csv.DictReader((tmp_path/'edited.csv').open(encoding='utf-8'))}
+    assert edited['dog_1.png'] == 'puppy' and edited['dog_2.png'] == 'dog' and edited['猫_0.png'] == '猫'
+    assert_sentence(imgcls('data', 'my photos', '--pattern', '(', cwd=tmp_path), 'no regular expression')
+
+
 def test_data_has_nothing_against_digits():
     assert json.loads(imgcls('data', 'digits', '--json').stdout) == []
 

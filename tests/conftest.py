@@ -15,7 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 IMGCLS = shutil.which('imgcls', path=str(Path(sys.executable).parent))  # the command as it is installed
 # A shell that starts pytest in the background has it ignore Ctrl-C, and so would every command that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+# Tests run side by side, and PyTorch's threads wait for each other by spinning: together they must not want more than all cores.
+os.environ.setdefault('OMP_NUM_THREADS', str(max(1, CORES // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))))
 OFFLINE = dict(HF_HUB_OFFLINE='1', PYTHONWARNINGS='default')
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    "Every core, four at most: each worker may hold a notebook's kernel and a PyTorch of its own."
+    return min(4, CORES)
 
 
 def imgcls(*args, cwd=None, timeout=600, **options) -> subprocess.CompletedProcess:

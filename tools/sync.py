@@ -63,7 +63,8 @@ def pyproject(s: dict[str, str]) -> str:
         '[tool.setuptools.dynamic]', f'version = {{attr = "{s["lib_path"]}.__version__"}}', '',
         '[tool.setuptools.packages.find]', f'include = ["{s["lib_path"]}"]', '',
         '[tool.nbdev]', *nbdev, '',
-        '[tool.pytest.ini_options]', 'testpaths = ["tests"]', 'addopts = "-m \'not slow and not edge and not frameworks\' --strict-markers"',
+        '[tool.pytest.ini_options]', 'testpaths = ["tests"]',
+        'addopts = "-m \'not slow and not edge and not frameworks\' --strict-markers -n auto --dist worksteal"',
         'markers = [', '    "slow: takes minutes; run with `pytest -m slow`",',
         '    "edge: needs the extra `edge`",', '    "frameworks: needs the extra `frameworks`",', ']', '',
         '[tool.ruff]', 'line-length = 110', 'target-version = "py310"', '',
@@ -85,7 +86,7 @@ def linked(text: str, s: dict[str, str]) -> str:
     owner, name = s['user'], s['repo']
     for pattern, link in [(r'github\.com/[\w.-]+/' + name, f'github.com/{owner}/{name}'),
                           (r'colab\.research\.google\.com/github/[\w.-]+/' + name, f'colab.research.google.com/github/{owner}/{name}'),
-                          (r'[\w-]+\.github\.io/' + name, f'{owner}.github.io/{name}')]:
+                          (r'(?<![\w-])[\w-]{1,40}\.github\.io/' + name, f'{owner}.github.io/{name}')]:
         text = re.sub(pattern, link, text)
     return text
 
@@ -125,11 +126,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='change nothing; exit 1 if a file is out of date')
     check = parser.parse_args().check
-    stale = [path for path, text in targets(settings()).items()
-             if not path.exists() or path.read_text(encoding='utf-8') != text]
-    for path in stale:
+    stale = {path: text for path, text in targets(settings()).items()
+             if not path.exists() or path.read_text(encoding='utf-8') != text}
+    for path, text in stale.items():
         print(f'{"out of date" if check else "wrote"}: {path.relative_to(ROOT)}')
-        if not check: path.write_text(targets(settings())[path], encoding='utf-8')
+        if not check: path.write_text(text, encoding='utf-8')
     return 1 if check and stale else 0
 
 

@@ -144,12 +144,12 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
         learn = image_learner(data, args.arch, pretrained, args.size, args.batch_size, args.augment,
                               balance=args.balance, seed=args.seed, progress=progress)
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
-    learn.logger = lambda row: None
+    learn.logger, learn.recipe['mix'] = (lambda row: None), args.mix
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
     with stage(run, 'train'), screen.bar('train') as progress:
         train(learn, args.epochs, args.learning_rate,
               (EpochLog(run.log), SaveCheckpoint(run.checkpoint), ReportProgress(progress), *mixing(args.mix)))
-    save_record(run, recipe=learn.recipe | dict(mix=args.mix))
+    save_record(run, recipe=learn.recipe)
     return learn
 
 # %% ../nbs/21_cli.ipynb #f551d700

@@ -17,7 +17,7 @@ IMGCLS = shutil.which('imgcls', path=str(Path(sys.executable).parent))  # the co
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 # Tests run side by side, and PyTorch's threads wait for each other by spinning: together they must not want more than all cores.
-os.environ.setdefault('OMP_NUM_THREADS', str(max(1, CORES // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1)))))
+if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'): os.environ.setdefault('OMP_NUM_THREADS', str(max(1, CORES // int(workers))))
 OFFLINE = dict(HF_HUB_OFFLINE='1', PYTHONWARNINGS='default')
 
 

@@ -82,7 +82,8 @@ def test_options_that_make_no_sense(option, tmp_path):
 def test_a_name_that_nothing_has_leaves_no_run_behind(option, words, tmp_path):
     from imgcls_nb.cli import main
     from imgcls_nb.run import InputError
-    import contextlib, io
+    import contextlib
+    import io
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert main(['run', 'digits', f'--{option}', 'upside-down-resnet1', '--runs', str(tmp_path/'runs')]) == InputError.exit_code
     assert words in said.getvalue() and not (tmp_path/'runs').exists()

@@ -557,7 +557,7 @@ def _confirmed(data: ImageSet, rows: np.ndarray, distance: int, correlation: flo
 def near_duplicates(
     self: ImageSet,  # scanned
     distance: int = 8,  # bits of 64 by which two difference hashes may differ to be looked at
-    correlation: float = 0.985,  # of two thumbnails, from which on they are the same picture
+    correlation: float = 0.97,  # of two thumbnails, from which on they are the same picture
 ) -> np.ndarray:  # `int64 [N]`; rows with the same number show the same picture
     "Which images show the same: exact copies, and copies saved again, resized or brightened."
     first = self.items.groupby('digest', sort=False).ngroup().to_numpy()

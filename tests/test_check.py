@@ -1,4 +1,5 @@
 "The health check finds what is planted in a copy of a real set, and raises no false alarm of the hard kinds."
+import os
 import shutil
 
 import numpy as np
@@ -154,3 +155,47 @@ def test_labels_of_one_class_alone_cannot_be_judged(tmp_path):
     (tmp_path/'photos'/'grass').mkdir(parents=True)
     for i in range(6): grass(i).save(tmp_path/'photos'/'grass'/f'{i}.jpg')
     assert_sentence(imgcls('data', 'photos', '--labels', cwd=tmp_path), 'labels')
+
+
+def cifar10():
+    "CIFAR-10, if the folder that IMGCLS_MIRROR names holds it."
+    from imgcls_nb.sources import load_images
+    if not os.environ.get('IMGCLS_MIRROR'): pytest.skip('IMGCLS_MIRROR names no folder with CIFAR-10')
+    try: return load_images('cifar10')
+    except InputError as error: pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_sixty_thousand_photographs_raise_no_false_alarm():
+    "Every hard finding must hold when the pixels are compared one by one; CIFAR-10 has some true ones of the soft kinds."
+    data = cifar10().scan()
+    findings = data.check()
+    assert not [finding for finding in findings if finding.kind in HARD - {'duplicate', 'leak', 'two_labels'}]
+    rows = {name: i for i, name in enumerate(data.items['image'])}
+    for finding in findings:
+        if finding.kind not in ('duplicate', 'leak', 'two_labels'): continue
+        others = [name for name in rows if name != finding.image and name in finding.evidence]
+        assert others, finding
+        for name in others:
+            assert (np.asarray(data.open(rows[name])) == np.asarray(data.open(rows[finding.image]))).all(), finding
+    assert np.bincount(data.near_duplicates()).max() <= 4, 'a chain of pictures that are only alike'
+
+
+@pytest.mark.slow
+def test_wrong_labels_in_ten_thousand_photographs():
+    "At 50% precision at least 60% of the flipped labels are found; what CIFAR-10 itself has wrong counts as a false alarm."
+    from dataclasses import replace
+    from imgcls_nb.check import network_features, suspicion
+    from imgcls_nb.transfer import pretrained_model, pretrained_preprocessing
+    data, rng = cifar10(), np.random.default_rng(0)
+    rows = np.sort(rng.choice(data.where('train'), 10_000, replace=False))
+    data = replace(data, items=data.items.iloc[rows].reset_index(drop=True))
+    features = network_features(data, pretrained_model('tf_efficientnet_lite0', 0), pretrained_preprocessing('tf_efficientnet_lite0', 128))
+    wrong, targets = rng.random(len(data)) < 0.05, data.targets(np.arange(len(data)))
+    given = np.where(wrong, (targets + rng.integers(1, 10, len(data))) % 10, targets)
+    flipped = replace(data, items=data.items.assign(label=np.array(data.classes)[given]))
+    order = suspicion(flipped, out_of_fold_probabilities(features, given))['row'].to_numpy()
+    found = wrong[order].cumsum()
+    recall = found[found / np.arange(1, len(order) + 1) >= 0.5].max() / wrong.sum()
+    print(f'{recall:.0%} of {wrong.sum()} wrong labels at 50% precision')
+    assert recall >= 0.6

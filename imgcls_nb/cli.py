@@ -146,9 +146,9 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
     learn.logger, learn.recipe['mix'] = (lambda row: None), args.mix
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
+    callbacks = EpochLog(run.log), SaveCheckpoint(run.checkpoint), *mixing(args.mix)
     with stage(run, 'train'), screen.bar('train') as progress:
-        train(learn, args.epochs, args.learning_rate,
-              (EpochLog(run.log), SaveCheckpoint(run.checkpoint), ReportProgress(progress), *mixing(args.mix)))
+        train(learn, args.epochs, args.learning_rate, (*callbacks, ReportProgress(progress)))
     save_record(run, recipe=learn.recipe)
     return learn
 
@@ -345,7 +345,7 @@ SOURCES = "a data set's name, hf:OWNER/NAME, a folder, a table (.csv), or arrays
 def _add_source(p: argparse.ArgumentParser) -> None:
     "Where the images come from."
     p.add_argument('source', help=SOURCES)
-    p.add_argument('--images', metavar='FOLDER', help='for a table: the folder that its paths are relative to')
+    p.add_argument('--images', metavar='FOLDER', help='for a table: the folder that its paths start from')
     p.add_argument('--pattern', metavar='REGEX',
                    help='for a folder: labels from file names, such as "(?P<label>[a-z]+)_[0-9]+"')
     p.add_argument('--edits', metavar='LOG', help='apply the log that a labelling grid wrote')

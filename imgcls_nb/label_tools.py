@@ -10,7 +10,7 @@ __all__ = ['Box', 'Problem', 'PICTURE_SUFFIXES', 'Edges', 'SAME_BOX', 'IMAGE_FOL
            'ZipImageSet', 'from_cvat', 'from_voc', 'from_yolo', 'from_doccano', 'from_label_studio', 'is_label_export',
            'read_annotations', 'from_label_tool', 'label_studio_config', 'to_label_studio']
 
-# %% ../nbs/02a_label_tools.ipynb #d7be840c
+# %% ../nbs/02a_label_tools.ipynb #5aa4b88e
 import codecs
 import io
 import json
@@ -41,7 +41,7 @@ from .data import (CROP_MARK, FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SPLIT_NAMES, Fin
 from .image import ImageError, Limits, image_info, open_image
 from .run import InputError, write_text
 
-# %% ../nbs/02a_label_tools.ipynb #c6a015e3
+# %% ../nbs/02a_label_tools.ipynb #7efe6564
 Box = tuple[float, float, float, float]  # left, top, right and bottom edge
 Problem = tuple[str, str, str]  # kind, evidence and remedy, as in `Finding`
 
@@ -61,7 +61,7 @@ class Annotation:
     problems: tuple[Problem, ...] = ()  # what could not be understood
     other_names: tuple[str, ...] = ()  # under which the picture may be found too
 
-# %% ../nbs/02a_label_tools.ipynb #97bf16cc
+# %% ../nbs/02a_label_tools.ipynb #939e71bb
 def _label(value) -> str:
     "A label as clean text; empty for what is none."
     if isinstance(value, bool) or not isinstance(value, (str, int, float)): return ''
@@ -74,7 +74,7 @@ def _number(value) -> float:
     try: return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError): return math.nan
 
-# %% ../nbs/02a_label_tools.ipynb #f4eb10ec
+# %% ../nbs/02a_label_tools.ipynb #873a94ff
 @lru_cache(maxsize=4)
 def _archive(path: Path, modified: int, process: int) -> zipfile.ZipFile:
     "An open .zip; each process needs its own, because a position in a file is shared with the parent."
@@ -99,7 +99,7 @@ def _member(path: Path, name: str, most: int) -> bytes:
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
         raise ImageError('damaged', f'cannot be unpacked from {path.name}: {error}') from error
 
-# %% ../nbs/02a_label_tools.ipynb #8438c3c1
+# %% ../nbs/02a_label_tools.ipynb #72b60a23
 _MOST_BYTES = 2_000_000_000  # of a file of annotations
 PICTURE_SUFFIXES = (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES)
 
@@ -134,7 +134,7 @@ class ExportFiles:
         "What `open_image` takes."
         return _member(self.path, name, Limits().max_bytes) if self.is_zip else self.path/name
 
-# %% ../nbs/02a_label_tools.ipynb #30fbc640
+# %% ../nbs/02a_label_tools.ipynb #d0319917
 def _open_file(files: ExportFiles, name: str) -> BinaryIO:
     "A file of annotations, to be read from its start; raises `InputError` where there is nothing to read."
     title = files.title(name)
@@ -150,7 +150,7 @@ def _open_file(files: ExportFiles, name: str) -> BinaryIO:
     file.close()
     raise InputError(f'{title} {"is too large" if size else "is empty: export it again"}.')
 
-# %% ../nbs/02a_label_tools.ipynb #39eb5d9e
+# %% ../nbs/02a_label_tools.ipynb #7bdcd7ab
 def _text(files: ExportFiles, name: str) -> str:
     "The text of a file in UTF-8 or UTF-16, without its byte order mark."
     with _open_file(files, name) as file: data = file.read()
@@ -170,7 +170,7 @@ def _json(text: str, title: str):
     except (ValueError, RecursionError) as error:
         raise InputError(f'{title} cannot be read as JSON: {type(error).__name__}.') from error
 
-# %% ../nbs/02a_label_tools.ipynb #27fb0aee
+# %% ../nbs/02a_label_tools.ipynb #e38a6b76
 _MOST_NESTED = 50  # elements within elements; the formats here need five
 
 
@@ -201,7 +201,7 @@ class _Elements:
         raise InputError(f'{self.title} has a document type declaration (DOCTYPE), which no label tool '
                          'writes: it is not read. Remove it if you know what it is for.')
 
-# %% ../nbs/02a_label_tools.ipynb #201d3662
+# %% ../nbs/02a_label_tools.ipynb #92e40f26
 def _xml_elements(files: ExportFiles, name: str, wanted: Sequence[str], root: str) -> Iterator[Element]:
     "Every element with one of the wanted names, one after the other; the rest of the file is forgotten."
     elements, parser = _Elements(files.title(name), wanted, root), expat.ParserCreate()
@@ -222,7 +222,7 @@ def _xml_elements(files: ExportFiles, name: str, wanted: Sequence[str], root: st
             elements.whole.clear()
             if not block: return
 
-# %% ../nbs/02a_label_tools.ipynb #9faa0bb5
+# %% ../nbs/02a_label_tools.ipynb #99d4f556
 _UPLOADED = re.compile('^[0-9a-f]{8}-(?=.)')  # what Label Studio puts in front of an uploaded file's name
 
 
@@ -247,7 +247,7 @@ def _plain_names(reference: str) -> list[str]:
         if _UPLOADED.match(last): names.append(folder + slash + _UPLOADED.sub('', last))
     return list(dict.fromkeys(plain for name in names if (plain := _relative(name))))
 
-# %% ../nbs/02a_label_tools.ipynb #378e583d
+# %% ../nbs/02a_label_tools.ipynb #7ac2a2ee
 def _key(name: str) -> str: return unicodedata.normalize('NFC', name).casefold()
 
 
@@ -265,7 +265,7 @@ def _shared(name: str, file: str) -> int:
     equal = [a == b for a, b in zip(reversed(parts), reversed(others))]
     return equal.index(False) if False in equal else len(equal)
 
-# %% ../nbs/02a_label_tools.ipynb #976e42db
+# %% ../nbs/02a_label_tools.ipynb #a8d9c525
 _EXACT = 1000  # more than any path has parts
 
 
@@ -298,7 +298,7 @@ class PictureFinder:
             if best: return 'ambiguous', f'may be {" or ".join(best[:3])}', 'rename one of them'
         return 'missing', f'names a picture that is not in {self.files.path.name}', 'copy it there'
 
-# %% ../nbs/02a_label_tools.ipynb #41d1429e
+# %% ../nbs/02a_label_tools.ipynb #b76b1ab4
 def _claims(annotations: list[Annotation], find: PictureFinder, aside: list[Finding]) -> dict:
     "For each file and annotator: the names that lead to it, how well they fit, and the annotations."
     claims = defaultdict(lambda: defaultdict(list))
@@ -333,7 +333,7 @@ def _not_this(said: Annotation, file: str, better: bool) -> Finding:
     why = f'{said.where} and another name in the export may both mean {file}'
     return Finding('ambiguous', said.image, why, 'give each picture a name of its own')
 
-# %% ../nbs/02a_label_tools.ipynb #57d29208
+# %% ../nbs/02a_label_tools.ipynb #a095bcdd
 def _around(x: float, y: float, width: float, height: float, degrees: float,
             pivot: tuple[float, float]) -> Box:
     "The upright box around a box that is turned clockwise around a pivot; all in pixels."
@@ -370,7 +370,7 @@ def _fit_box(box: Box, size: tuple[int, int]) -> tuple[Edges | None, Problem | N
         return cut, ('box_reversed', f'has a box ({text}) drawn backwards', 'nothing: it is turned round')
     return cut, None
 
-# %% ../nbs/02a_label_tools.ipynb #19074d06
+# %% ../nbs/02a_label_tools.ipynb #5424db3d
 SAME_BOX = 0.5  # intersection over union, as in PASCAL VOC 2007
 
 
@@ -390,7 +390,7 @@ def _overlap(box: Sequence[int], others: np.ndarray) -> np.ndarray:
     areas = np.prod(others[:, 2:] - others[:, :2], axis=1) + (box[2] - box[0]) * (box[3] - box[1])
     return shared / (areas - shared)
 
-# %% ../nbs/02a_label_tools.ipynb #abcc8bee
+# %% ../nbs/02a_label_tools.ipynb #4fccd353
 def _settled(crops: list[_Crop]) -> Iterator[tuple[_Crop, _Crop | None]]:
     "Each crop with the earlier one that it repeats, or None; crops that contradict each other are marked."
     boxes, kept = np.empty((len(crops), 4), np.int64), []
@@ -406,7 +406,7 @@ def _settled(crops: list[_Crop]) -> Iterator[tuple[_Crop, _Crop | None]]:
             kept.append(crop)
         yield crop, repeats
 
-# %% ../nbs/02a_label_tools.ipynb #7e727fc3
+# %% ../nbs/02a_label_tools.ipynb #0ea078b4
 def _size(files: ExportFiles, file: str) -> tuple[int, int]:
     "Width and height of a picture as it is opened; its header is enough, unless EXIF asks for a turn."
     info = image_info(files.source(file))
@@ -426,7 +426,7 @@ def _crops(said: Annotation, size: tuple[int, int], note: Callable) -> Iterator[
         if box and not label: note('no_label', f'{said.where} has a box without a label', 'label it')
         elif box: yield _Crop(box, label, said)
 
-# %% ../nbs/02a_label_tools.ipynb #344e20fc
+# %% ../nbs/02a_label_tools.ipynb #b562df23
 def _crop_rows(files: ExportFiles, file: str, group: list[Annotation], note: Callable) -> list[dict]:
     "A row for every box of one picture that can be used."
     try: size = _size(files, file)
@@ -447,7 +447,7 @@ def _crop_rows(files: ExportFiles, file: str, group: list[Annotation], note: Cal
 def _conflict(group: list[Annotation]) -> str:
     return 'disagreement' if len({said.annotator for said in group}) > 1 else 'two_labels'
 
-# %% ../nbs/02a_label_tools.ipynb #f8fdc155
+# %% ../nbs/02a_label_tools.ipynb #e16765a6
 def _answers(said: Annotation) -> list[str]:
     "The labels that one annotation gives to the whole picture, each once."
     return list(dict.fromkeys(filter(None, said.labels or (label for label, _ in said.boxes))))
@@ -468,7 +468,7 @@ def _whole_row(file: str, group: list[Annotation], note: Callable) -> list[dict]
     if len(found) != 1: return []
     return [dict(image=file, label=found[0], split=answers[0][0].split, box=None, group=file)]
 
-# %% ../nbs/02a_label_tools.ipynb #07d25bfe
+# %% ../nbs/02a_label_tools.ipynb #1d11a833
 def _rows(files: ExportFiles, file: str, group: list[Annotation], boxes: str,
           aside: list[Finding]) -> list[dict]:
     "The rows of one picture; everything else that is said about it goes to `aside`."
@@ -489,7 +489,7 @@ def _rows(files: ExportFiles, file: str, group: list[Annotation], boxes: str,
     if not rows and len(aside) == before: note('no_label', f'{group[0].where} gives it no label', 'label it')
     return rows
 
-# %% ../nbs/02a_label_tools.ipynb #b70d8d75
+# %% ../nbs/02a_label_tools.ipynb #a83fc77e
 @dataclass(repr=False)
 class ZipImageSet(ImageSet):
     "An `ImageSet` whose pictures stay in a .zip file; `root` is that file."
@@ -507,7 +507,7 @@ class ZipImageSet(ImageSet):
         box = self.box(row)
         return image if box is None else image.crop(box)
 
-# %% ../nbs/02a_label_tools.ipynb #abd8954d
+# %% ../nbs/02a_label_tools.ipynb #e90962e9
 def _splits(items: pd.DataFrame) -> pd.Series | str:
     "The splits of an export, if it names one of ours for every row."
     split = items['split'].str.lower().map(SPLIT_NAMES)
@@ -539,7 +539,7 @@ def _image_set(annotations: list[Annotation], files: ExportFiles, boxes: str, pa
     return kind(items, _classes(items['label']), path.stem, files.path, set_aside=aside + files.unlisted,
                 facts=dict(source=path.name, labelled_with=tool))
 
-# %% ../nbs/02a_label_tools.ipynb #ab711066
+# %% ../nbs/02a_label_tools.ipynb #91e6a207
 IMAGE_FOLDERS = ('images', 'JPEGImages')  # where tools put pictures beside the folder of the annotations
 
 
@@ -565,7 +565,7 @@ def _pictures(files: ExportFiles, images: str | Path | None) -> ExportFiles:
     if files.is_zip: return ExportFiles(outer)
     return next((ExportFiles(outer/name) for name in IMAGE_FOLDERS if (outer/name).is_dir()), files)
 
-# %% ../nbs/02a_label_tools.ipynb #3bc193c0
+# %% ../nbs/02a_label_tools.ipynb #9015afa7
 def _attributes(element: Element, names: str) -> list[float]:
     return [_number(element.get(name)) for name in names.split()]
 
@@ -601,7 +601,7 @@ def _read_cvat_xml(files: ExportFiles, name: str) -> Iterator[Annotation]:
     for image in _xml_elements(files, name, ('image', 'track'), 'annotations'):
         yield _cvat_image(image, files.title(name))
 
-# %% ../nbs/02a_label_tools.ipynb #ac8b975e
+# %% ../nbs/02a_label_tools.ipynb #6d1e4aa9
 # A name, perhaps in quotation marks, and class numbers.
 _LISTED = re.compile(r'(?:"([^"]*)"(\S*)|([^"\s]\S*))((?:\s+\d+)*)$')
 
@@ -624,7 +624,7 @@ def _numbered(number: int, classes: Sequence[str]) -> tuple[str, tuple[Problem, 
     why = f'has the class number {number}; there are {len(classes)} classes, and the first one is number 0'
     return '', (('unknown_class', why, 'add the class to the list, in its place'),)
 
-# %% ../nbs/02a_label_tools.ipynb #e1a51f71
+# %% ../nbs/02a_label_tools.ipynb #2b818d26
 def _listed(text: str, where: str, split: str, classes: Sequence[str]) -> Annotation:
     "What one line of a list says."
     found = _LISTED.match(text)
@@ -646,7 +646,7 @@ def _read_imagenet_lists(files: ExportFiles, names: list[str]) -> Iterator[Annot
         for line, text in _lines(files, str(path)):
             yield _listed(text, f'{path.name}, line {line},', path.stem, classes)
 
-# %% ../nbs/02a_label_tools.ipynb #cef2311f
+# %% ../nbs/02a_label_tools.ipynb #0296697c
 NO_LABEL = 'no_label'  # CVAT's folder for pictures without a label
 
 
@@ -671,7 +671,7 @@ def _read_cvat(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
     lists = any(PurePosixPath(name).name == 'synsets.txt' for name in names)
     yield from (_read_imagenet_lists if lists else _read_class_folders)(files, names)
 
-# %% ../nbs/02a_label_tools.ipynb #97a06db0
+# %% ../nbs/02a_label_tools.ipynb #40d31615
 def from_cvat(
     path: str | Path,  # an .xml, a .zip or a folder: "CVAT for images 1.1" or "ImageNet"
     images: str | Path | None = None,  # the folder of the pictures; by default in the export or beside it
@@ -681,7 +681,7 @@ def from_cvat(
     path, files, names = _export(path)
     return _image_set(list(_read_cvat(files, names)), _pictures(files, images), boxes, path, 'CVAT')
 
-# %% ../nbs/02a_label_tools.ipynb #70c17e96
+# %% ../nbs/02a_label_tools.ipynb #3cd8d3d6
 def _inside(element: Element | None, *path: str) -> str:
     "The text of a child's child; empty where there is none."
     for tag in path: element = None if element is None else next((e for e in element if e.tag == tag), None)
@@ -714,7 +714,7 @@ def _read_voc(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
 
 def _without_suffix(name: str) -> str: return str(PurePosixPath(name).with_suffix(''))
 
-# %% ../nbs/02a_label_tools.ipynb #d1c0b1fb
+# %% ../nbs/02a_label_tools.ipynb #4cd778fd
 def from_voc(
     path: str | Path,  # a folder or .zip of .xml files as LabelImg writes them, or one of them
     images: str | Path | None = None,  # the folder of the pictures; by default in the export or beside it
@@ -725,7 +725,7 @@ def from_voc(
     annotations = list(_read_voc(files, names))
     return _image_set(annotations, _pictures(files, images), boxes, path, 'Pascal VOC', len(names) > 1)
 
-# %% ../nbs/02a_label_tools.ipynb #c0adfe1b
+# %% ../nbs/02a_label_tools.ipynb #7cb6a665
 CLASS_LISTS = ('classes.txt', 'obj.names')  # LabelImg's name for it, and that of Darknet and CVAT
 PICTURE_LISTS = ('train.txt', 'valid.txt', 'val.txt', 'test.txt')  # which pictures there are, for Darknet
 
@@ -741,7 +741,7 @@ def _yolo_line(text: str, classes: Sequence[str]) -> tuple[tuple[str, Box], tupl
     if problems: return problems[0]
     return label, (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
-# %% ../nbs/02a_label_tools.ipynb #306ee4bd
+# %% ../nbs/02a_label_tools.ipynb #e5f3244c
 def _yolo_annotation(files: ExportFiles, name: str, classes: Sequence[str]) -> Annotation:
     "What one text file says; an empty one says that nothing is there."
     boxes, problems, lines = [], [], []
@@ -776,7 +776,7 @@ def _read_yolo(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
 def _is_boxes(name: str) -> bool:
     return _suffix(name) == '.txt' and PurePosixPath(name).name not in CLASS_LISTS + PICTURE_LISTS
 
-# %% ../nbs/02a_label_tools.ipynb #9fd5d460
+# %% ../nbs/02a_label_tools.ipynb #a9ca68d8
 def from_yolo(
     path: str | Path,  # a folder or .zip of .txt files with classes.txt, as LabelImg writes them
     images: str | Path | None = None,  # the folder of the pictures; by default in the export or beside it
@@ -786,7 +786,7 @@ def from_yolo(
     path, files, names = _export(path)
     return _image_set(list(_read_yolo(files, names)), _pictures(files, images), boxes, path, 'YOLO', True)
 
-# %% ../nbs/02a_label_tools.ipynb #0c8cc679
+# %% ../nbs/02a_label_tools.ipynb #1319cead
 def _entries(value) -> list: return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -805,7 +805,7 @@ def _doccano_annotation(entry, where: str, annotator: str) -> Annotation:
     return Annotation(_clean(next(iter(texts), '')), where, tuple(filter(None, map(_label, values))),
                       tuple(map(_doccano_box, _entries(entry.get('bbox')))), annotator=annotator)
 
-# %% ../nbs/02a_label_tools.ipynb #8d987c23
+# %% ../nbs/02a_label_tools.ipynb #d62a002b
 def _json_lines(files: ExportFiles, name: str) -> Iterator[tuple[str, object]]:
     "The objects of a JSON Lines file, or of a JSON file that is a list, and where each one stands."
     text, title = _text(files, name), files.title(name)
@@ -823,7 +823,7 @@ def _json_line(line: str, title: str, number: int):
         why = getattr(error, 'msg', type(error).__name__)
         raise InputError(f'{title} is broken JSON: line {number}: {why}. Export it again.') from error
 
-# %% ../nbs/02a_label_tools.ipynb #3d8ee914
+# %% ../nbs/02a_label_tools.ipynb #f7ef5db6
 def _read_doccano(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
     "Every line of every file; in an export of several files, each one is named after its annotator."
     found = [name for name in names if _suffix(name) in ('.jsonl', '.json')]
@@ -841,7 +841,7 @@ def from_doccano(
     path, files, names = _export(path)
     return _image_set(list(_read_doccano(files, names)), _pictures(files, images), boxes, path, 'Doccano')
 
-# %% ../nbs/02a_label_tools.ipynb #9619bcc8
+# %% ../nbs/02a_label_tools.ipynb #7c971188
 def _dicts(value) -> list[dict]: return [entry for entry in _entries(value) if isinstance(entry, dict)]
 
 
@@ -863,7 +863,7 @@ def _studio_box(value: dict, size: tuple[float, ...]) -> Box:
     edges = _around(x, y, width, height, degrees, (x, y))
     return tuple(edge / side for edge, side in zip(edges, (*size, *size)))
 
-# %% ../nbs/02a_label_tools.ipynb #abfe211c
+# %% ../nbs/02a_label_tools.ipynb #27b5c596
 def _studio_result(results) -> tuple[list[str], list[tuple[str, Box]], list[Problem]]:
     "Labels, boxes and problems in a list of results."
     labels, boxes, problems = [], [], []
@@ -879,7 +879,7 @@ def _studio_result(results) -> tuple[list[str], list[tuple[str, Box]], list[Prob
             problems.append(('other_shape', why, 'nothing, if it should not count'))
     return labels, boxes, problems
 
-# %% ../nbs/02a_label_tools.ipynb #deef2996
+# %% ../nbs/02a_label_tools.ipynb #d4feac7b
 def _person(value) -> str:
     "Who annotated: a number, or an object with an address or a number."
     if isinstance(value, dict): value = value.get('email') or value.get('username') or value.get('id')
@@ -901,7 +901,7 @@ def _studio_task(task: dict, where: str, use: str) -> Iterator[Annotation]:
         yield Annotation(image, where, tuple(filter(None, labels)), tuple(boxes), False, annotator=who,
                          skipped=said.get('was_cancelled') is True, problems=tuple(problems))
 
-# %% ../nbs/02a_label_tools.ipynb #ba24ddaa
+# %% ../nbs/02a_label_tools.ipynb #883a25f2
 # What JSON-MIN says besides the answer.
 NOT_ANSWERS = {'id', 'annotator', 'annotation_id', 'created_at', 'updated_at', 'lead_time', 'agreement',
                'history', 'inner_id', 'total_annotations', 'project'}
@@ -929,7 +929,7 @@ def _studio_row(row: dict, where: str) -> Annotation:
     return Annotation(_clean(row.get(picture)), where, tuple(filter(None, labels)), tuple(boxes), False,
                       annotator=_person(row.get('annotator')), problems=tuple(problems))
 
-# %% ../nbs/02a_label_tools.ipynb #283100ec
+# %% ../nbs/02a_label_tools.ipynb #a82d254b
 def _read_label_studio(files: ExportFiles, names: list[str],
                        use: str = 'annotations') -> Iterator[Annotation]:
     "Every task of every JSON file."
@@ -956,7 +956,7 @@ def from_label_studio(
     annotations = list(_read_label_studio(files, names, use))
     return _image_set(annotations, _pictures(files, images), boxes, path, 'Label Studio')
 
-# %% ../nbs/02a_label_tools.ipynb #1e1502df
+# %% ../nbs/02a_label_tools.ipynb #69ae2505
 _HEAD = 1 << 16  # bytes that are looked at
 ANNOTATION_FOLDERS = ('annotations', 'Annotations', 'labels', 'xml')
 _YOLO_LINE = re.compile(r'\d+( -?\d*\.?\d+(e-?\d+)?){4,5}\s*$', re.M)
@@ -986,7 +986,7 @@ def _tool(files: ExportFiles, name: str) -> str:
     if suffix in ('.json', '.jsonl') and has('filename', 'label|bbox|category'): return 'doccano'
     return ''
 
-# %% ../nbs/02a_label_tools.ipynb #dc4f9684
+# %% ../nbs/02a_label_tools.ipynb #fb4ad4f3
 def _near(path: Path, most: int = 2000) -> list[str]:
     "Names of the files in a folder, and in its folders that usually hold annotations."
     own = [path, *(path/name for name in ANNOTATION_FOLDERS)]
@@ -1005,7 +1005,7 @@ def _is_yolo(files: ExportFiles, names: list[str]) -> bool:
     if not any(PurePosixPath(name).name in CLASS_LISTS for name in names): return False
     return any(_YOLO_LINE.match(_head(files, name)) for name in filter(_is_boxes, names[:500]))
 
-# %% ../nbs/02a_label_tools.ipynb #a7043640
+# %% ../nbs/02a_label_tools.ipynb #e8d6711b
 def _tool_of(path: Path) -> str:
     "The tool that wrote an export; empty for anything else."
     is_zip = path.suffix.lower() == '.zip' and zipfile.is_zipfile(path)
@@ -1022,7 +1022,7 @@ def _tool_of(path: Path) -> str:
     folders = is_zip and any('/' in name and _suffix(name) in PICTURE_SUFFIXES for name in names)
     return 'cvat' if folders and not tables else ''
 
-# %% ../nbs/02a_label_tools.ipynb #561c91dc
+# %% ../nbs/02a_label_tools.ipynb #c47b2d2c
 TOOLS = dict(cvat=(_read_cvat, from_cvat), voc=(_read_voc, from_voc), yolo=(_read_yolo, from_yolo),
              doccano=(_read_doccano, from_doccano), label_studio=(_read_label_studio, from_label_studio))
 
@@ -1041,7 +1041,7 @@ def _known_tool(path: str | Path) -> str:
     raise InputError(f'{path} is no export that is known: CVAT (images 1.1, ImageNet), LabelImg (Pascal VOC, '
                      'or YOLO with classes.txt), Doccano (JSONL) or Label Studio (JSON, JSON-MIN).')
 
-# %% ../nbs/02a_label_tools.ipynb #d963c176
+# %% ../nbs/02a_label_tools.ipynb #218296db
 def read_annotations(
     path: str | Path,  # an export of CVAT, LabelImg, Doccano or Label Studio: a file, a .zip or a folder
 ) -> list[Annotation]:
@@ -1058,7 +1058,7 @@ def from_label_tool(
     "The table of any export; the tool is recognised. Raises `InputError` where there is nothing to read."
     return TOOLS[_known_tool(path)][1](path, images, boxes)
 
-# %% ../nbs/02a_label_tools.ipynb #d50b0b2a
+# %% ../nbs/02a_label_tools.ipynb #c6a81662
 STUDIO_NAMES = dict(choices='class', rectanglelabels='box', image='image')  # of the controls in the project
 
 
@@ -1086,7 +1086,7 @@ def _guess(images: ImageSet, row: int, label: str, score: float, size: tuple[int
         entry |= dict(id=f'crop{row}', original_width=size[0], original_height=size[1])
     return entry | dict(value=value | {kind: [label]})
 
-# %% ../nbs/02a_label_tools.ipynb #84c132fb
+# %% ../nbs/02a_label_tools.ipynb #560b49bb
 def _check_probabilities(images: ImageSet, probabilities: np.ndarray) -> None:
     "Raise `InputError` for what are no probabilities of these images."
     if type(images) is not ImageSet or images.root is None:

@@ -984,8 +984,8 @@ def _from_path(path: Path, images: str | Path | None, pattern: str | None) -> Im
     if suffix in ('.csv', '.tsv', '.txt'): return from_csv(path, images)
     if suffix == '.npz': return from_npz(path)
     if suffix == '.npy': return from_npy(path)
-    raise InputError(f'{path} is a file. Give a folder that holds one folder per class, a table (.csv), arrays '
-                     '(.npz, .npy), or an export of CVAT, LabelImg, Doccano or Label Studio.')
+    raise InputError(f'{path} is a file. Give a folder that holds one folder per class, a table (.csv), '
+                     'arrays (.npz, .npy), or an export of CVAT, LabelImg, Doccano or Label Studio.')
 
 # %% ../nbs/02b_sources.ipynb #fbf073b8
 def _unknown(source: str) -> InputError:
@@ -998,7 +998,7 @@ def _unknown(source: str) -> InputError:
 
 
 def load_images(
-    source: str | Path,  # a set's name, hf:OWNER/NAME, a folder, a table (.csv), arrays, a label tool's export
+    source: str | Path,  # a set's name, hf:OWNER/NAME, a folder, a table (.csv), arrays, a label export
     images: str | Path | None = None,  # for a table or an export: the folder that its images lie in
     pattern: str | None = None,  # for a folder: a regular expression with a group `label`, for file names
     progress: Progress | None = None,  # told how many bytes are downloaded

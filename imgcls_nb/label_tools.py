@@ -150,15 +150,44 @@ def _open_file(files: ExportFiles, name: str) -> BinaryIO:
     file.close()
     raise InputError(f'{title} {"is too large" if size else "is empty: export it again"}.')
 
-# %% ../nbs/02a_label_tools.ipynb #7bdcd7ab
+# %% ../nbs/02a_label_tools.ipynb #cad6bb6e
+def _lines(files: ExportFiles, name: str) -> Iterator[tuple[int, str]]:
+    "The numbered lines of a text that are not empty, read one by one, without a byte order mark."
+    number = 0
+    with _open_file(files, name) as file:
+        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        file.seek(0)
+        lines = io.TextIOWrapper(file, 'utf-16' if utf16 else 'utf-8-sig')
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip(): yield number, line.strip()
+        except UnicodeError as error:
+            where = f'{files.title(name)} is no UTF-8 text, after line {number}'
+            raise InputError(f'{where}: save it as UTF-8.') from error
+
+
 def _text(files: ExportFiles, name: str) -> str:
-    "The text of a file in UTF-8 or UTF-16, without its byte order mark."
+    "The whole text of a file in UTF-8 or UTF-16, without its byte order mark."
     with _open_file(files, name) as file: data = file.read()
     encoding = 'utf-16' if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig'
     try: return data.decode(encoding)
     except UnicodeDecodeError as error:
         where = f'{files.title(name)} is no UTF-8 text (byte {error.start})'
         raise InputError(f'{where}: save it as UTF-8.') from error
+
+# %% ../nbs/02a_label_tools.ipynb #06e97a95
+_HEAD = 1 << 16  # bytes that are looked at
+
+
+def _head(files: ExportFiles, name: str) -> str:
+    "The beginning of a file as text, whatever its encoding; empty where it cannot be read."
+    try:
+        if files.is_zip:
+            with _zip(files.path).open(name) as file: data = file.read(_HEAD)
+        else:
+            with open(files.path/name, 'rb') as file: data = file.read(_HEAD)
+    except (OSError, KeyError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile): return ''
+    return data.replace(b'\0', b'').decode('utf-8', 'ignore').lstrip('\ufeff \r\n\t')
 
 
 def _json(text: str, title: str):
@@ -170,7 +199,7 @@ def _json(text: str, title: str):
     except (ValueError, RecursionError) as error:
         raise InputError(f'{title} cannot be read as JSON: {type(error).__name__}.') from error
 
-# %% ../nbs/02a_label_tools.ipynb #e38a6b76
+# %% ../nbs/02a_label_tools.ipynb #da1d410a
 _MOST_NESTED = 50  # elements within elements; the formats here need five
 
 
@@ -201,7 +230,7 @@ class _Elements:
         raise InputError(f'{self.title} has a document type declaration (DOCTYPE), which no label tool '
                          'writes: it is not read. Remove it if you know what it is for.')
 
-# %% ../nbs/02a_label_tools.ipynb #92e40f26
+# %% ../nbs/02a_label_tools.ipynb #d4e45ad7
 def _xml_elements(files: ExportFiles, name: str, wanted: Sequence[str], root: str) -> Iterator[Element]:
     "Every element with one of the wanted names, one after the other; the rest of the file is forgotten."
     elements, parser = _Elements(files.title(name), wanted, root), expat.ParserCreate()
@@ -222,7 +251,7 @@ def _xml_elements(files: ExportFiles, name: str, wanted: Sequence[str], root: st
             elements.whole.clear()
             if not block: return
 
-# %% ../nbs/02a_label_tools.ipynb #99d4f556
+# %% ../nbs/02a_label_tools.ipynb #123c9c34
 _UPLOADED = re.compile('^[0-9a-f]{8}-(?=.)')  # what Label Studio puts in front of an uploaded file's name
 
 
@@ -247,7 +276,7 @@ def _plain_names(reference: str) -> list[str]:
         if _UPLOADED.match(last): names.append(folder + slash + _UPLOADED.sub('', last))
     return list(dict.fromkeys(plain for name in names if (plain := _relative(name))))
 
-# %% ../nbs/02a_label_tools.ipynb #7ac2a2ee
+# %% ../nbs/02a_label_tools.ipynb #09514aca
 def _key(name: str) -> str: return unicodedata.normalize('NFC', name).casefold()
 
 
@@ -265,7 +294,7 @@ def _shared(name: str, file: str) -> int:
     equal = [a == b for a, b in zip(reversed(parts), reversed(others))]
     return equal.index(False) if False in equal else len(equal)
 
-# %% ../nbs/02a_label_tools.ipynb #a8d9c525
+# %% ../nbs/02a_label_tools.ipynb #5ff36ae8
 _EXACT = 1000  # more than any path has parts
 
 
@@ -295,10 +324,10 @@ class PictureFinder:
             most = max(shared.values(), default=0)
             best = [file for file, parts in shared.items() if parts == most > 0]
             if len(best) == 1: return best[0], most
-            if best: return 'ambiguous', f'may be {" or ".join(best[:3])}', 'rename one of them'
+            if best: return 'ambiguous', f'may mean {" or ".join(best[:3])}', 'rename one of them'
         return 'missing', f'names a picture that is not in {self.files.path.name}', 'copy it there'
 
-# %% ../nbs/02a_label_tools.ipynb #b76b1ab4
+# %% ../nbs/02a_label_tools.ipynb #c2b74c5b
 def _claims(annotations: list[Annotation], find: PictureFinder, aside: list[Finding]) -> dict:
     "For each file and annotator: the names that lead to it, how well they fit, and the annotations."
     claims = defaultdict(lambda: defaultdict(list))
@@ -307,7 +336,7 @@ def _claims(annotations: list[Annotation], find: PictureFinder, aside: list[Find
         if len(found) == 2:
             name = _key(next(iter(_plain_names(said.image)), ''))
             claims[found[0], said.annotator][name, found[1]].append(said)
-        else: aside += [Finding(kind, said.image or said.where, f'{said.where} {why}', remedy)
+        else: aside += [Finding(kind, said.image[:300] or said.where, f'{said.where} {why}', remedy)
                         for kind, why, remedy in (*said.problems, found)]
     return claims
 
@@ -329,11 +358,11 @@ def _not_this(said: Annotation, file: str, better: bool) -> Finding:
     "Why a picture was not taken for the only file that has its name."
     if better:
         why = f'{said.where} names a picture that is not there; {file} is another one'
-        return Finding('missing', said.image, why, 'copy it there')
+        return Finding('missing', said.image[:300], why, 'copy it there')
     why = f'{said.where} and another name in the export may both mean {file}'
-    return Finding('ambiguous', said.image, why, 'give each picture a name of its own')
+    return Finding('ambiguous', said.image[:300], why, 'give each picture a name of its own')
 
-# %% ../nbs/02a_label_tools.ipynb #a095bcdd
+# %% ../nbs/02a_label_tools.ipynb #7e436cb0
 def _around(x: float, y: float, width: float, height: float, degrees: float,
             pivot: tuple[float, float]) -> Box:
     "The upright box around a box that is turned clockwise around a pivot; all in pixels."
@@ -370,7 +399,7 @@ def _fit_box(box: Box, size: tuple[int, int]) -> tuple[Edges | None, Problem | N
         return cut, ('box_reversed', f'has a box ({text}) drawn backwards', 'nothing: it is turned round')
     return cut, None
 
-# %% ../nbs/02a_label_tools.ipynb #5424db3d
+# %% ../nbs/02a_label_tools.ipynb #862ddb86
 SAME_BOX = 0.5  # intersection over union, as in PASCAL VOC 2007
 
 
@@ -390,7 +419,7 @@ def _overlap(box: Sequence[int], others: np.ndarray) -> np.ndarray:
     areas = np.prod(others[:, 2:] - others[:, :2], axis=1) + (box[2] - box[0]) * (box[3] - box[1])
     return shared / (areas - shared)
 
-# %% ../nbs/02a_label_tools.ipynb #4fccd353
+# %% ../nbs/02a_label_tools.ipynb #1e268e1f
 def _settled(crops: list[_Crop]) -> Iterator[tuple[_Crop, _Crop | None]]:
     "Each crop with the earlier one that it repeats, or None; crops that contradict each other are marked."
     boxes, kept = np.empty((len(crops), 4), np.int64), []
@@ -406,7 +435,7 @@ def _settled(crops: list[_Crop]) -> Iterator[tuple[_Crop, _Crop | None]]:
             kept.append(crop)
         yield crop, repeats
 
-# %% ../nbs/02a_label_tools.ipynb #0ea078b4
+# %% ../nbs/02a_label_tools.ipynb #b6addc99
 def _size(files: ExportFiles, file: str) -> tuple[int, int]:
     "Width and height of a picture as it is opened; its header is enough, unless EXIF asks for a turn."
     info = image_info(files.source(file))
@@ -426,7 +455,7 @@ def _crops(said: Annotation, size: tuple[int, int], note: Callable) -> Iterator[
         if box and not label: note('no_label', f'{said.where} has a box without a label', 'label it')
         elif box: yield _Crop(box, label, said)
 
-# %% ../nbs/02a_label_tools.ipynb #b562df23
+# %% ../nbs/02a_label_tools.ipynb #9ffe135a
 def _crop_rows(files: ExportFiles, file: str, group: list[Annotation], note: Callable) -> list[dict]:
     "A row for every box of one picture that can be used."
     try: size = _size(files, file)
@@ -447,7 +476,7 @@ def _crop_rows(files: ExportFiles, file: str, group: list[Annotation], note: Cal
 def _conflict(group: list[Annotation]) -> str:
     return 'disagreement' if len({said.annotator for said in group}) > 1 else 'two_labels'
 
-# %% ../nbs/02a_label_tools.ipynb #e16765a6
+# %% ../nbs/02a_label_tools.ipynb #ce22d933
 def _answers(said: Annotation) -> list[str]:
     "The labels that one annotation gives to the whole picture, each once."
     return list(dict.fromkeys(filter(None, said.labels or (label for label, _ in said.boxes))))
@@ -468,7 +497,7 @@ def _whole_row(file: str, group: list[Annotation], note: Callable) -> list[dict]
     if len(found) != 1: return []
     return [dict(image=file, label=found[0], split=answers[0][0].split, box=None, group=file)]
 
-# %% ../nbs/02a_label_tools.ipynb #1d11a833
+# %% ../nbs/02a_label_tools.ipynb #e0320e40
 def _rows(files: ExportFiles, file: str, group: list[Annotation], boxes: str,
           aside: list[Finding]) -> list[dict]:
     "The rows of one picture; everything else that is said about it goes to `aside`."
@@ -489,7 +518,7 @@ def _rows(files: ExportFiles, file: str, group: list[Annotation], boxes: str,
     if not rows and len(aside) == before: note('no_label', f'{group[0].where} gives it no label', 'label it')
     return rows
 
-# %% ../nbs/02a_label_tools.ipynb #a83fc77e
+# %% ../nbs/02a_label_tools.ipynb #bd485246
 @dataclass(repr=False)
 class ZipImageSet(ImageSet):
     "An `ImageSet` whose pictures stay in a .zip file; `root` is that file."
@@ -507,7 +536,7 @@ class ZipImageSet(ImageSet):
         box = self.box(row)
         return image if box is None else image.crop(box)
 
-# %% ../nbs/02a_label_tools.ipynb #e90962e9
+# %% ../nbs/02a_label_tools.ipynb #034febbd
 def _splits(items: pd.DataFrame) -> pd.Series | str:
     "The splits of an export, if it names one of ours for every row."
     split = items['split'].str.lower().map(SPLIT_NAMES)
@@ -518,6 +547,7 @@ def _no_rows(title: str, annotations: list, files: ExportFiles, aside: list[Find
     "What to say about an export that gives no row."
     if not annotations: return InputError(f'{title} holds no annotations.')
     first = f'; the first problem: {aside[0].image} {aside[0].evidence}' if aside else ''
+    first = ' '.join(first.split())  # a name may have a line break
     return InputError(f'{title} holds no label that can be used{first}. Pictures are looked for in '
                       f'{files.path}.')
 
@@ -539,7 +569,7 @@ def _image_set(annotations: list[Annotation], files: ExportFiles, boxes: str, pa
     return kind(items, _classes(items['label']), path.stem, files.path, set_aside=aside + files.unlisted,
                 facts=dict(source=path.name, labelled_with=tool))
 
-# %% ../nbs/02a_label_tools.ipynb #91e6a207
+# %% ../nbs/02a_label_tools.ipynb #4d48a3f4
 IMAGE_FOLDERS = ('images', 'JPEGImages')  # where tools put pictures beside the folder of the annotations
 
 
@@ -565,7 +595,7 @@ def _pictures(files: ExportFiles, images: str | Path | None) -> ExportFiles:
     if files.is_zip: return ExportFiles(outer)
     return next((ExportFiles(outer/name) for name in IMAGE_FOLDERS if (outer/name).is_dir()), files)
 
-# %% ../nbs/02a_label_tools.ipynb #9015afa7
+# %% ../nbs/02a_label_tools.ipynb #48b6b824
 def _attributes(element: Element, names: str) -> list[float]:
     return [_number(element.get(name)) for name in names.split()]
 
@@ -601,7 +631,7 @@ def _read_cvat_xml(files: ExportFiles, name: str) -> Iterator[Annotation]:
     for image in _xml_elements(files, name, ('image', 'track'), 'annotations'):
         yield _cvat_image(image, files.title(name))
 
-# %% ../nbs/02a_label_tools.ipynb #6d1e4aa9
+# %% ../nbs/02a_label_tools.ipynb #d30ab6e0
 # A name, perhaps in quotation marks, and class numbers.
 _LISTED = re.compile(r'(?:"([^"]*)"(\S*)|([^"\s]\S*))((?:\s+\d+)*)$')
 
@@ -612,19 +642,13 @@ def _clean(name) -> str:
     return name.strip().replace('\0', '').encode('utf-8', 'backslashreplace').decode()
 
 
-def _lines(files: ExportFiles, name: str) -> Iterator[tuple[int, str]]:
-    "The numbered lines of a text that are not empty."
-    for number, line in enumerate(_text(files, name).splitlines(), 1):
-        if line.strip(): yield number, line.strip()
-
-
 def _numbered(number: int, classes: Sequence[str]) -> tuple[str, tuple[Problem, ...]]:
     "The class with a number, or what is wrong with the number."
     if 0 <= number < len(classes): return classes[number], ()
     why = f'has the class number {number}; there are {len(classes)} classes, and the first one is number 0'
     return '', (('unknown_class', why, 'add the class to the list, in its place'),)
 
-# %% ../nbs/02a_label_tools.ipynb #2b818d26
+# %% ../nbs/02a_label_tools.ipynb #785386bc
 def _listed(text: str, where: str, split: str, classes: Sequence[str]) -> Annotation:
     "What one line of a list says."
     found = _LISTED.match(text)
@@ -646,7 +670,7 @@ def _read_imagenet_lists(files: ExportFiles, names: list[str]) -> Iterator[Annot
         for line, text in _lines(files, str(path)):
             yield _listed(text, f'{path.name}, line {line},', path.stem, classes)
 
-# %% ../nbs/02a_label_tools.ipynb #0296697c
+# %% ../nbs/02a_label_tools.ipynb #e7ca77ef
 NO_LABEL = 'no_label'  # CVAT's folder for pictures without a label
 
 
@@ -671,7 +695,7 @@ def _read_cvat(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
     lists = any(PurePosixPath(name).name == 'synsets.txt' for name in names)
     yield from (_read_imagenet_lists if lists else _read_class_folders)(files, names)
 
-# %% ../nbs/02a_label_tools.ipynb #40d31615
+# %% ../nbs/02a_label_tools.ipynb #e62ef13b
 def from_cvat(
     path: str | Path,  # an .xml, a .zip or a folder: "CVAT for images 1.1" or "ImageNet"
     images: str | Path | None = None,  # the folder of the pictures; by default in the export or beside it
@@ -681,7 +705,7 @@ def from_cvat(
     path, files, names = _export(path)
     return _image_set(list(_read_cvat(files, names)), _pictures(files, images), boxes, path, 'CVAT')
 
-# %% ../nbs/02a_label_tools.ipynb #3cd8d3d6
+# %% ../nbs/02a_label_tools.ipynb #4094a3e1
 def _inside(element: Element | None, *path: str) -> str:
     "The text of a child's child; empty where there is none."
     for tag in path: element = None if element is None else next((e for e in element if e.tag == tag), None)
@@ -714,7 +738,7 @@ def _read_voc(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
 
 def _without_suffix(name: str) -> str: return str(PurePosixPath(name).with_suffix(''))
 
-# %% ../nbs/02a_label_tools.ipynb #4cd778fd
+# %% ../nbs/02a_label_tools.ipynb #7cb837e0
 def from_voc(
     path: str | Path,  # a folder or .zip of .xml files as LabelImg writes them, or one of them
     images: str | Path | None = None,  # the folder of the pictures; by default in the export or beside it
@@ -725,7 +749,7 @@ def from_voc(
     annotations = list(_read_voc(files, names))
     return _image_set(annotations, _pictures(files, images), boxes, path, 'Pascal VOC', len(names) > 1)
 
-# %% ../nbs/02a_label_tools.ipynb #7cb6a665
+# %% ../nbs/02a_label_tools.ipynb #7374d1d2
 CLASS_LISTS = ('classes.txt', 'obj.names')  # LabelImg's name for it, and that of Darknet and CVAT
 PICTURE_LISTS = ('train.txt', 'valid.txt', 'val.txt', 'test.txt')  # which pictures there are, for Darknet
 
@@ -741,7 +765,7 @@ def _yolo_line(text: str, classes: Sequence[str]) -> tuple[tuple[str, Box], tupl
     if problems: return problems[0]
     return label, (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
-# %% ../nbs/02a_label_tools.ipynb #e5f3244c
+# %% ../nbs/02a_label_tools.ipynb #c3d5329c
 def _yolo_annotation(files: ExportFiles, name: str, classes: Sequence[str]) -> Annotation:
     "What one text file says; an empty one says that nothing is there."
     boxes, problems, lines = [], [], []
@@ -776,7 +800,7 @@ def _read_yolo(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
 def _is_boxes(name: str) -> bool:
     return _suffix(name) == '.txt' and PurePosixPath(name).name not in CLASS_LISTS + PICTURE_LISTS
 
-# %% ../nbs/02a_label_tools.ipynb #a9ca68d8
+# %% ../nbs/02a_label_tools.ipynb #ea216ad6
 def from_yolo(
     path: str | Path,  # a folder or .zip of .txt files with classes.txt, as LabelImg writes them
     images: str | Path | None = None,  # the folder of the pictures; by default in the export or beside it
@@ -786,7 +810,7 @@ def from_yolo(
     path, files, names = _export(path)
     return _image_set(list(_read_yolo(files, names)), _pictures(files, images), boxes, path, 'YOLO', True)
 
-# %% ../nbs/02a_label_tools.ipynb #1319cead
+# %% ../nbs/02a_label_tools.ipynb #a8649fb7
 def _entries(value) -> list: return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -805,15 +829,15 @@ def _doccano_annotation(entry, where: str, annotator: str) -> Annotation:
     return Annotation(_clean(next(iter(texts), '')), where, tuple(filter(None, map(_label, values))),
                       tuple(map(_doccano_box, _entries(entry.get('bbox')))), annotator=annotator)
 
-# %% ../nbs/02a_label_tools.ipynb #d62a002b
+# %% ../nbs/02a_label_tools.ipynb #9d5b103d
 def _json_lines(files: ExportFiles, name: str) -> Iterator[tuple[str, object]]:
     "The objects of a JSON Lines file, or of a JSON file that is a list, and where each one stands."
-    text, title = _text(files, name), files.title(name)
-    if text.lstrip()[:1] == '[':
-        for number, entry in enumerate(_entries(_json(text, title)), 1): yield f'entry {number}', entry
+    title = files.title(name)
+    if _head(files, name)[:1] == '[':
+        entries = _entries(_json(_text(files, name), title))
+        yield from ((f'entry {number}', entry) for number, entry in enumerate(entries, 1))
     else:
-        for number, line in enumerate(text.split('\n'), 1):
-            if line.strip(): yield f'line {number}', _json_line(line, title, number)
+        for number, line in _lines(files, name): yield f'line {number}', _json_line(line, title, number)
 
 
 def _json_line(line: str, title: str, number: int):
@@ -823,7 +847,7 @@ def _json_line(line: str, title: str, number: int):
         why = getattr(error, 'msg', type(error).__name__)
         raise InputError(f'{title} is broken JSON: line {number}: {why}. Export it again.') from error
 
-# %% ../nbs/02a_label_tools.ipynb #f7ef5db6
+# %% ../nbs/02a_label_tools.ipynb #5c7985bd
 def _read_doccano(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
     "Every line of every file; in an export of several files, each one is named after its annotator."
     found = [name for name in names if _suffix(name) in ('.jsonl', '.json')]
@@ -841,7 +865,7 @@ def from_doccano(
     path, files, names = _export(path)
     return _image_set(list(_read_doccano(files, names)), _pictures(files, images), boxes, path, 'Doccano')
 
-# %% ../nbs/02a_label_tools.ipynb #7c971188
+# %% ../nbs/02a_label_tools.ipynb #7783bd43
 def _dicts(value) -> list[dict]: return [entry for entry in _entries(value) if isinstance(entry, dict)]
 
 
@@ -863,11 +887,12 @@ def _studio_box(value: dict, size: tuple[float, ...]) -> Box:
     edges = _around(x, y, width, height, degrees, (x, y))
     return tuple(edge / side for edge, side in zip(edges, (*size, *size)))
 
-# %% ../nbs/02a_label_tools.ipynb #27b5c596
-def _studio_result(results) -> tuple[list[str], list[tuple[str, Box]], list[Problem]]:
-    "Labels, boxes and problems in a list of results."
+# %% ../nbs/02a_label_tools.ipynb #fea50b2f
+def _studio_result(results, control: str | None = None) -> tuple[list, list, list[Problem]]:
+    "Labels, boxes and problems in a list of results; with `control`, in the answers to one question alone."
     labels, boxes, problems = [], [], []
     for result in _dicts(results):
+        if control is not None and result.get('from_name') != control: continue
         value = result['value'] if isinstance(result.get('value'), dict) else result
         size = tuple(_number(result.get(f'original_{side}')) for side in ('width', 'height'))
         if 'choices' in value: labels += map(_label, _entries(value['choices']))
@@ -879,29 +904,32 @@ def _studio_result(results) -> tuple[list[str], list[tuple[str, Box]], list[Prob
             problems.append(('other_shape', why, 'nothing, if it should not count'))
     return labels, boxes, problems
 
-# %% ../nbs/02a_label_tools.ipynb #d4feac7b
+# %% ../nbs/02a_label_tools.ipynb #1f21648a
 def _person(value) -> str:
     "Who annotated: a number, or an object with an address or a number."
     if isinstance(value, dict): value = value.get('email') or value.get('username') or value.get('id')
     return f'annotator {name}' if (name := _label(value)) else ''
 
 
-def _studio_task(task: dict, where: str, use: str) -> Iterator[Annotation]:
+def _given(task: dict, use: str) -> list[dict]:
+    "The annotations or predictions of a task; exports of 2020 call the former completions."
+    return _dicts(task.get(use) or (task.get('completions') if use == 'annotations' else None))
+
+
+def _studio_task(task: dict, where: str, use: str, control: str | None) -> Iterator[Annotation]:
     "What everyone says about one picture."
-    data = task['data'] if isinstance(task.get('data'), dict) else {}
-    image = _clean(data.get(_picture_key(data)))
-    given = _dicts(task.get(use) or (task.get('completions') if use == 'annotations' else None))
+    given, image = _given(task, use), _clean(task['data'].get(_picture_key(task['data'])))
     if not given:
         guesses = len(_dicts(task.get('predictions'))) if use == 'annotations' else 0
         why = 'has predictions only, and no annotation' if guesses else f'has no {use}'
         yield Annotation(image, where, problems=(('no_label', why, 'label it'),))
     for said in given:
-        labels, boxes, problems = _studio_result(said.get('result'))
+        labels, boxes, problems = _studio_result(said.get('result'), control)
         who = _person(said.get('completed_by')) if use == 'annotations' else _label(said.get('model_version'))
         yield Annotation(image, where, tuple(filter(None, labels)), tuple(boxes), False, annotator=who,
                          skipped=said.get('was_cancelled') is True, problems=tuple(problems))
 
-# %% ../nbs/02a_label_tools.ipynb #883a25f2
+# %% ../nbs/02a_label_tools.ipynb #05a42a8b
 # What JSON-MIN says besides the answer.
 NOT_ANSWERS = {'id', 'annotator', 'annotation_id', 'created_at', 'updated_at', 'lead_time', 'agreement',
                'history', 'inner_id', 'total_annotations', 'project'}
@@ -913,64 +941,65 @@ def _answer_key(row: dict, picture: str | None) -> str | None:
     sure = [key for key, value in free.items()
             if any('choices' in entry or 'rectanglelabels' in entry for entry in _dicts(value))]
     usual = [key for key in ('choice', 'choices', 'label', 'class') if key in free]
-    texts = [key for key, value in free.items() if isinstance(value, str)]
-    if not sure and not usual and len(texts) > 1:
-        which = ' or '.join(sorted(texts)[:4])
-        raise InputError(f'The label may be {which}: export it as JSON instead of JSON-MIN.')
-    return next(iter(sure + usual + texts), None)
+    found = sure or usual or [key for key, value in free.items() if isinstance(value, str)]
+    if len(found) > 1: raise _which(found)
+    return next(iter(found), None)
 
 
-def _studio_row(row: dict, where: str) -> Annotation:
+def _which(names: Sequence[str]) -> InputError:
+    "What to say where the project asks several questions."
+    names = ' or '.join(map(_label, sorted(names)[:4]))
+    return InputError(f"The label may be the answer to {names}: say which, with control='…'.")
+
+
+def _studio_row(row: dict, where: str, control: str | None) -> Annotation:
     "What one JSON-MIN object says."
     picture = _picture_key(row)
-    entries = _entries(row.get(_answer_key(row, picture)))
+    entries = _entries(row.get(control or _answer_key(row, picture)))
     results = [entry if isinstance(entry, dict) else dict(choices=[entry]) for entry in entries]
     labels, boxes, problems = _studio_result(results)
     return Annotation(_clean(row.get(picture)), where, tuple(filter(None, labels)), tuple(boxes), False,
                       annotator=_person(row.get('annotator')), problems=tuple(problems))
 
-# %% ../nbs/02a_label_tools.ipynb #a82d254b
-def _read_label_studio(files: ExportFiles, names: list[str],
-                       use: str = 'annotations') -> Iterator[Annotation]:
+# %% ../nbs/02a_label_tools.ipynb #084917d3
+def _one_question(tasks: list[dict], use: str) -> None:
+    "Raise `InputError` if the choices answer several questions."
+    asked = {str(result.get('from_name')) for task in tasks for said in _given(task, use)
+             for result in _dicts(said.get('result')) if result.get('type') == 'choices'}
+    if len(asked) > 1: raise _which(list(asked))
+
+
+def _read_label_studio(files: ExportFiles, names: list[str], use: str = 'annotations',
+                       control: str | None = None) -> Iterator[Annotation]:
     "Every task of every JSON file."
     none = ('bad_line', 'is no task', 'export it again'),
-    for name in names:
-        if _suffix(name) != '.json': continue
-        for number, task in enumerate(_entries(_json(_text(files, name), files.title(name))), 1):
+    for name in (name for name in names if _suffix(name) == '.json'):
+        tasks = _entries(_json(_text(files, name), files.title(name)))
+        if control is None: _one_question(_dicts(tasks), use)
+        for number, task in enumerate(tasks, 1):
             if not isinstance(task, dict): yield Annotation('', f'entry {number}', problems=none)
             elif isinstance(task.get('data'), dict):
-                yield from _studio_task(task, f'task {_label(task.get("id")) or number}', use)
-            else: yield _studio_row(task, f'entry {number}')
+                yield from _studio_task(task, f'task {_label(task.get("id")) or number}', use, control)
+            else: yield _studio_row(task, f'entry {number}', control)
 
-
+# %% ../nbs/02a_label_tools.ipynb #59303728
 def from_label_studio(
     path: str | Path,  # a .json in the format JSON or JSON-MIN, or a .zip or folder that holds it
     images: str | Path | None = None,  # the folder of the pictures; by default in the export or beside it
     boxes: str = 'crop',  # 'crop': each box is an item of its own; 'image': the boxes label the whole picture
     use: str = 'annotations',  # what people said; 'predictions': what a model said, before anybody looked
+    control: str | None = None,  # the name of the question, where a project asks several about a picture
 ) -> ImageSet:
     "The pictures, choices and boxes of a Label Studio export; what cannot be used is in `set_aside`."
     if use not in ('annotations', 'predictions'):
         raise InputError(f"use must be 'annotations' or 'predictions', not {use!r}.")
     path, files, names = _export(path)
-    annotations = list(_read_label_studio(files, names, use))
+    annotations = list(_read_label_studio(files, names, use, control))
     return _image_set(annotations, _pictures(files, images), boxes, path, 'Label Studio')
 
-# %% ../nbs/02a_label_tools.ipynb #69ae2505
-_HEAD = 1 << 16  # bytes that are looked at
+# %% ../nbs/02a_label_tools.ipynb #b6599e7e
 ANNOTATION_FOLDERS = ('annotations', 'Annotations', 'labels', 'xml')
 _YOLO_LINE = re.compile(r'\d+( -?\d*\.?\d+(e-?\d+)?){4,5}\s*$', re.M)
-
-
-def _head(files: ExportFiles, name: str) -> str:
-    "The beginning of a file as text, whatever its encoding; empty where it cannot be read."
-    try:
-        if files.is_zip:
-            with _zip(files.path).open(name) as file: data = file.read(_HEAD)
-        else:
-            with open(files.path/name, 'rb') as file: data = file.read(_HEAD)
-    except (OSError, KeyError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile): return ''
-    return data.replace(b'\0', b'').decode('utf-8', 'ignore').lstrip('\ufeff \r\n\t')
 
 
 def _tool(files: ExportFiles, name: str) -> str:
@@ -986,7 +1015,7 @@ def _tool(files: ExportFiles, name: str) -> str:
     if suffix in ('.json', '.jsonl') and has('filename', 'label|bbox|category'): return 'doccano'
     return ''
 
-# %% ../nbs/02a_label_tools.ipynb #fb4ad4f3
+# %% ../nbs/02a_label_tools.ipynb #b4543f07
 def _near(path: Path, most: int = 2000) -> list[str]:
     "Names of the files in a folder, and in its folders that usually hold annotations."
     own = [path, *(path/name for name in ANNOTATION_FOLDERS)]
@@ -1005,7 +1034,7 @@ def _is_yolo(files: ExportFiles, names: list[str]) -> bool:
     if not any(PurePosixPath(name).name in CLASS_LISTS for name in names): return False
     return any(_YOLO_LINE.match(_head(files, name)) for name in filter(_is_boxes, names[:500]))
 
-# %% ../nbs/02a_label_tools.ipynb #e8d6711b
+# %% ../nbs/02a_label_tools.ipynb #faa9bbb6
 def _tool_of(path: Path) -> str:
     "The tool that wrote an export; empty for anything else."
     is_zip = path.suffix.lower() == '.zip' and zipfile.is_zipfile(path)
@@ -1022,7 +1051,7 @@ def _tool_of(path: Path) -> str:
     folders = is_zip and any('/' in name and _suffix(name) in PICTURE_SUFFIXES for name in names)
     return 'cvat' if folders and not tables else ''
 
-# %% ../nbs/02a_label_tools.ipynb #c47b2d2c
+# %% ../nbs/02a_label_tools.ipynb #2d7dc2dc
 TOOLS = dict(cvat=(_read_cvat, from_cvat), voc=(_read_voc, from_voc), yolo=(_read_yolo, from_yolo),
              doccano=(_read_doccano, from_doccano), label_studio=(_read_label_studio, from_label_studio))
 
@@ -1041,7 +1070,7 @@ def _known_tool(path: str | Path) -> str:
     raise InputError(f'{path} is no export that is known: CVAT (images 1.1, ImageNet), LabelImg (Pascal VOC, '
                      'or YOLO with classes.txt), Doccano (JSONL) or Label Studio (JSON, JSON-MIN).')
 
-# %% ../nbs/02a_label_tools.ipynb #218296db
+# %% ../nbs/02a_label_tools.ipynb #f1990a8b
 def read_annotations(
     path: str | Path,  # an export of CVAT, LabelImg, Doccano or Label Studio: a file, a .zip or a folder
 ) -> list[Annotation]:
@@ -1058,21 +1087,25 @@ def from_label_tool(
     "The table of any export; the tool is recognised. Raises `InputError` where there is nothing to read."
     return TOOLS[_known_tool(path)][1](path, images, boxes)
 
-# %% ../nbs/02a_label_tools.ipynb #c6a81662
+# %% ../nbs/02a_label_tools.ipynb #5cdf0f79
 STUDIO_NAMES = dict(choices='class', rectanglelabels='box', image='image')  # of the controls in the project
 
 
-def label_studio_config(
-    classes: Sequence[str],  # to choose from
-    boxes: bool = False,  # draw boxes, instead of choosing one class for the picture
-) -> str:  # XML
-    "The set-up of a Label Studio project that `to_label_studio` writes tasks for."
-    kinds = 'rectanglelabels RectangleLabels Label' if boxes else 'choices Choices Choice'
-    kind, tag, entry = kinds.split()
-    image, one = STUDIO_NAMES['image'], '' if boxes else ' choice="single" showInLine="true"'
+def _control(kind: str, tag: str, entry: str, classes: Sequence[str]) -> str:
+    "One question in the set-up of a project."
     entries = '\n'.join(f'    <{entry} value={quoteattr(label)}/>' for label in classes)
-    return (f'<View>\n  <Image name="{image}" value="$image"/>\n'
-            f'  <{tag} name="{STUDIO_NAMES[kind]}" toName="{image}"{one}>\n{entries}\n  </{tag}>\n</View>\n')
+    name, image = STUDIO_NAMES[kind], STUDIO_NAMES['image']
+    return f'  <{tag} name="{name}" toName="{image}">\n{entries}\n  </{tag}>\n'
+
+
+def label_studio_config(
+    images: ImageSet,  # pictures in files, perhaps crops of them
+) -> str:  # XML
+    "The set-up of a Label Studio project for the tasks that `to_label_studio` writes."
+    crops = {images.box(row) is not None for row in range(len(images))}
+    choices = _control('choices', 'Choices', 'Choice', images.classes) if False in crops else ''
+    boxes = _control('rectanglelabels', 'RectangleLabels', 'Label', images.classes) if True in crops else ''
+    return f'<View>\n  <Image name="{STUDIO_NAMES["image"]}" value="$image"/>\n{choices}{boxes}</View>\n'
 
 
 def _guess(images: ImageSet, row: int, label: str, score: float, size: tuple[int, int] | None) -> dict:
@@ -1086,7 +1119,7 @@ def _guess(images: ImageSet, row: int, label: str, score: float, size: tuple[int
         entry |= dict(id=f'crop{row}', original_width=size[0], original_height=size[1])
     return entry | dict(value=value | {kind: [label]})
 
-# %% ../nbs/02a_label_tools.ipynb #560b49bb
+# %% ../nbs/02a_label_tools.ipynb #3f946d79
 def _check_probabilities(images: ImageSet, probabilities: np.ndarray) -> None:
     "Raise `InputError` for what are no probabilities of these images."
     if type(images) is not ImageSet or images.root is None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 import imgcls_nb.check  # noqa: F401, brings `ImageSet.check`
-from conftest import assert_no_leftovers, assert_sentence, imgcls
+from conftest import assert_no_leftovers, imgcls
 from imgcls_nb.data import crop_box
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.label_tools import (from_cvat, from_doccano, from_label_studio, from_label_tool, from_voc, from_yolo, is_label_export,
@@ -218,8 +218,25 @@ def test_label_studio_min(tmp_path):
                                        dict(id=3, image='c.png', label=[box], **row)])
     data = load_images(path)
     assert rows(data) == [('a.png', 'cat'), ('c.png#xywh=0,0,30,20', 'dog')] and kinds(data) == ['two_labels']
-    with pytest.raises(InputError, match='may be camera or mood'):
+    with pytest.raises(InputError, match='answer to camera or mood'):
         from_label_studio(write(tmp_path/'two.json', [dict(id=1, image='a.png', mood='good', camera='old', **row)]))
+
+
+def test_label_studio_asks_which_question_is_meant(tmp_path):
+    pictures(tmp_path, 'a.png', 'b.png')
+    sharp = dict(value=dict(choices=['sharp']), from_name='quality', to_name='image', type='choices')
+    tasks = [task('a.png', choice('cat')), task('b.png', choice('dog'))]
+    for entry in tasks: entry['annotations'][0]['result'].append(sharp)
+    path = write(tmp_path/'x.json', tasks)
+    with pytest.raises(InputError, match='answer to choice or quality'): from_label_studio(path)
+    assert rows(from_label_studio(path, control='choice')) == [('a.png', 'cat'), ('b.png', 'dog')]
+    assert from_label_studio(path, control='quality').classes == ('sharp',)
+
+
+def test_a_picture_inside_of_the_export_is_reported_briefly(tmp_path):
+    pictures(tmp_path, 'a.png')
+    data = load_images(write(tmp_path/'x.json', [task('a.png', choice('cat')), task('data:image/png;base64,' + 'A' * 100_000, choice('cat'))]))
+    assert len(data) == 1 and len(data.set_aside) == 1 and len(str(data.set_aside[0])) < 1000
 
 
 def test_pictures_in_the_zip_stay_there(tmp_path):
@@ -445,7 +462,7 @@ def test_predictions_go_to_label_studio_and_come_back(tmp_path):
     assert first['predictions'][0]['result'][0]['value'] == dict(choices=['cat'])
     assert rows(from_label_studio(path, use='predictions')) == [('a.png', 'cat'), ('b 砖.png', '"dog"')]
     with pytest.raises(InputError, match='predictions only'): from_label_studio(path)
-    config = label_studio_config(data.classes)
+    config = label_studio_config(data)
     result = first['predictions'][0]['result'][0]
     assert f'name="{result["from_name"]}" toName="{result["to_name"]}"' in config and "value='\"dog\"'" in config
     assert_no_leftovers(tmp_path)
@@ -507,18 +524,18 @@ def check_any(folder: Path, name: str, data: bytes) -> None:
     for reader in (*readers, from_label_tool):
         for boxes in ('crop', 'image'):
             try: made = reader(folder if path.suffix == '.txt' else path, boxes=boxes)
-            except InputError as error: assert str(error)
+            except InputError as error: assert str(error) and '\n' not in str(error)
             else:
                 assert len(made) and made.items['image'].is_unique
                 for row in range(len(made)): assert folder in made.source(row).parents
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutated())
 def test_a_mutated_export_gives_a_table_or_one_sentence(fuzzed, change): check_any(fuzzed, *change)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(list(GOOD)), st.binary(max_size=200))
 def test_random_bytes_give_one_sentence(fuzzed, name, data): check_any(fuzzed, name, data)
 
@@ -547,5 +564,4 @@ def test_the_command_reads_an_export(tmp_path):
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout)
     assert 'missing' in result.stdout and 'gone.png' in result.stdout and said
-    broken = write(tmp_path/'broken.xml', cvat(CAT)[:-30])
-    assert_sentence(imgcls('data', broken, '--json', cwd=tmp_path), 'broken.xml', 'line')
+    with pytest.raises(InputError, match='broken.xml is broken XML: line'): load_images(write(tmp_path/'broken.xml', cvat(CAT)[:-30]))

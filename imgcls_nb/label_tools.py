@@ -642,6 +642,12 @@ def _clean(name) -> str:
     return name.strip().replace('\0', '').encode('utf-8', 'backslashreplace').decode()
 
 
+def _class_names(files: ExportFiles, name: str) -> list[str]:
+    "The names in a list of classes; an empty line is a class without a name, and counts."
+    names = dict(_lines(files, name))
+    return [_label(names.get(line, '')) for line in range(1, max(names, default=0) + 1)]
+
+
 def _numbered(number: int, classes: Sequence[str]) -> tuple[str, tuple[Problem, ...]]:
     "The class with a number, or what is wrong with the number."
     if 0 <= number < len(classes): return classes[number], ()
@@ -664,7 +670,7 @@ def _listed(text: str, where: str, split: str, classes: Sequence[str]) -> Annota
 def _read_imagenet_lists(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
     "Pictures and class numbers of every list that lies beside a `synsets.txt`."
     synsets = next(PurePosixPath(name) for name in names if PurePosixPath(name).name == 'synsets.txt')
-    classes = [_label(line) for _, line in _lines(files, str(synsets))]
+    classes = _class_names(files, str(synsets))
     for path in map(PurePosixPath, names):
         if path.parent != synsets.parent or path.suffix.lower() != '.txt' or path == synsets: continue
         for line, text in _lines(files, str(path)):
@@ -792,7 +798,7 @@ def _read_yolo(files: ExportFiles, names: list[str]) -> Iterator[Annotation]:
     if len(names) == 1: names = files.names  # the path was that of classes.txt
     lists = [name for name in names if PurePosixPath(name).name in CLASS_LISTS]
     if not lists: raise InputError(f'{files.path} has no classes.txt: LabelImg lists the classes there.')
-    classes = [_label(line) for _, line in _lines(files, lists[0])]
+    classes = _class_names(files, lists[0])
     for name in names:
         if _is_boxes(name): yield _yolo_annotation(files, name, classes)
 

@@ -183,6 +183,14 @@ def test_yolo_labelimg_beside_the_pictures(tmp_path):
     assert rows(load_images(tmp_path/'classes.txt')) == [('a.png#xywh=15,10,30,20', 'dog')] and is_label_export(tmp_path)
 
 
+def test_an_empty_line_in_classes_txt_counts(tmp_path):
+    pictures(tmp_path, 'a.png')
+    write(tmp_path/'classes.txt', 'cat\n\ndog\n')
+    write(tmp_path/'a.txt', '2 0.5 0.5 1 1\n1 0.5 0.5 0.2 0.2\n')
+    data = from_yolo(tmp_path)
+    assert list(data.items['label']) == ['dog'] and kinds(data) == ['no_label']
+
+
 def test_doccano(tmp_path):
     pictures(tmp_path, 'a.png', '砖 1.png', 'c.png')
     path = write(tmp_path/'all.jsonl', lines(dict(id=1, filename='a.png', label=['cat'], Comments=[]), dict(filename='砖 1.png', label=['砖']),

@@ -3,6 +3,7 @@ from imgcls_nb.run import *
 from imgcls_nb.task import *
 from imgcls_nb.image import *
 from imgcls_nb.data import *
+from imgcls_nb.label_tools import *
 from imgcls_nb.sources import *
 from imgcls_nb.check import *
 from imgcls_nb.labelling import *

@@ -41,9 +41,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .data import (FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SPLIT_NAMES, Finding, ImageSet, Progress,
-                            _classes, _files, _looks_like_image, digits, from_arrays, from_folder, textures)
+# %% ../nbs/02b_sources.ipynb #5f0c7d1b
+from .data import (CROP_MARK, FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SPLIT_NAMES, Finding, ImageSet,
+                            Progress, _classes, _files, _looks_like_image, crop_box, digits, from_arrays,
+                            from_folder, textures)
 from .image import ImageError, Limits, open_image
+from .label_tools import from_label_tool, is_label_export
 from .run import InputError, whole_or_absent
 
 # %% ../nbs/02b_sources.ipynb #5c619788
@@ -721,7 +724,9 @@ def _find_image(root: Path, name: str) -> str | None:
     if os.path.isfile(root/name): return name  # False, not an error, for a name that is too long
     parts = PureWindowsPath(name).parts  # knows both kinds of slashes
     tails = ('/'.join(parts[start:]) for start in range(len(parts)))
-    return next((tail for tail in tails if os.path.isfile(root/tail)), None)
+    if found := next((tail for tail in tails if os.path.isfile(root/tail)), None): return found
+    file, mark, part = name.partition(CROP_MARK)  # a part of a file
+    return f'{found}{mark}{part}' if mark and (found := _find_image(root, file)) else None
 
 
 def _row_problem(values: dict | None, image: str | None, split_given: bool) -> tuple[str, str, str] | None:
@@ -772,7 +777,9 @@ def _csv_items(path: Path, root: Path, aside: list[Finding]) -> pd.DataFrame:
     split = table['split'].str.lower().map(SPLIT_NAMES) if split_given else ''
     table = table.drop(columns='line').assign(split=split)
     if 'weight' in table: table['weight'] = pd.to_numeric(table['weight']).fillna(1.0)
-    return table[[column for column in COLUMNS if column in table]]
+    boxes = [crop_box(image) for image in table['image']]
+    if any(boxes): table['box'] = boxes
+    return table[[column for column in (*COLUMNS, 'box') if column in table]]
 
 
 def from_csv(
@@ -970,14 +977,15 @@ def _from_path(path: Path, images: str | Path | None, pattern: str | None) -> Im
     "A folder or a file on this machine."
     suffix = path.suffix.lower()
     if path.is_dir() and pattern: return from_pattern(path, pattern)
+    if is_label_export(path): return from_label_tool(path, images)
     if path.is_dir():
         table = _table_in(path)
         return from_csv(table, images) if table else from_folder(path)
     if suffix in ('.csv', '.tsv', '.txt'): return from_csv(path, images)
     if suffix == '.npz': return from_npz(path)
     if suffix == '.npy': return from_npy(path)
-    raise InputError(f'{path} is a file. Give a folder that holds one folder per class, a table (.csv), or '
-                     'arrays (.npz, .npy).')
+    raise InputError(f'{path} is a file. Give a folder that holds one folder per class, a table (.csv), '
+                     'arrays (.npz, .npy), or an export of CVAT, LabelImg, Doccano or Label Studio.')
 
 # %% ../nbs/02b_sources.ipynb #fbf073b8
 def _unknown(source: str) -> InputError:
@@ -990,8 +998,8 @@ def _unknown(source: str) -> InputError:
 
 
 def load_images(
-    source: str | Path,  # a data set's name, hf:OWNER/NAME, a folder, a table (.csv), or arrays (.npz, .npy)
-    images: str | Path | None = None,  # for a table: the folder that its paths are relative to
+    source: str | Path,  # a set's name, hf:OWNER/NAME, a folder, a table (.csv), arrays, a label export
+    images: str | Path | None = None,  # for a table or an export: the folder that its images lie in
     pattern: str | None = None,  # for a folder: a regular expression with a group `label`, for file names
     progress: Progress | None = None,  # told how many bytes are downloaded
 ) -> ImageSet:

@@ -339,13 +339,13 @@ def serve_command(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/21_cli.ipynb #12cc8945
-SOURCES = "a data set's name, hf:OWNER/NAME, a folder, a table (.csv), or arrays (.npz)"
+SOURCES = "a data set's name, hf:OWNER/NAME, a folder, a table (.csv), arrays (.npz), a label tool's export"
 
 
 def _add_source(p: argparse.ArgumentParser) -> None:
     "Where the images come from."
     p.add_argument('source', help=SOURCES)
-    p.add_argument('--images', metavar='FOLDER', help='for a table: the folder that its paths start from')
+    p.add_argument('--images', metavar='FOLDER', help='for a table or an export: where its pictures are')
     p.add_argument('--pattern', metavar='REGEX',
                    help='for a folder: labels from file names, such as "(?P<label>[a-z]+)_[0-9]+"')
     p.add_argument('--edits', metavar='LOG', help='apply the log that a labelling grid wrote')

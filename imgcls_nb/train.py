@@ -122,7 +122,7 @@ def _ready(data: ImageSet) -> ImageSet:
     if not count: raise InputError(f'{data.name} has no training images yet: call split() on it first.')
     if count < len(data.classes):
         raise InputError(f'{data.name} has more classes ({len(data.classes)}) than training images '
-                         f'({count}): every class needs at least one. Is each image in the folder of its class?')
+                         f'({count}): each class needs at least one. Is every image in its own folder?')
     return data if 'width' in data.items else data.scan()
 
 
@@ -513,9 +513,9 @@ class CheckLoss(Callback):
         part = 'training' if self.training else 'validation'
         raise TrainingError(
             f'The loss became {loss} in epoch {self.epoch + 1} of {self.n_epoch}, {part} batch '
-            f'{self.iter + 1} of {steps}, at a learning rate of {rate:.2g}. Train again with a tenth of the '
-            'rate; if it comes back, clip the gradients (GradientClip), train without half precision, or look '
-            'for faulty images.')
+            f'{self.iter + 1} of {steps}, at a learning rate of {rate:.2g}. Train again with a tenth of '
+            'the rate; if it comes back, clip the gradients (GradientClip), train without half precision, '
+            'or look for faulty images.')
 
 # %% ../nbs/06_train.ipynb #c6967ef2
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -122,7 +122,7 @@ def _ready(data: ImageSet) -> ImageSet:
     if not count: raise InputError(f'{data.name} has no training images yet: call split() on it first.')
     if count < len(data.classes):
         raise InputError(f'{data.name} has more classes ({len(data.classes)}) than training images '
-                         f'({count}): each class needs at least one. Is every image in its own folder?')
+                         f'({count}): each class needs at least one. Does each folder hold one class?')
     return data if 'width' in data.items else data.scan()
 
 

@@ -153,8 +153,9 @@ def layer_costs(
         own = work.get(name, 0) - sum(work.get(child, 0) for child in inside)
         parameters = sum(p.numel() for p in layer.parameters(recurse=False))
         if name in outputs and (parameters or own):
-            rows[name or 'itself'] = dict(kind=type(layer).__name__, output='×'.join(map(str, outputs[name].shape[1:])),
-                                          parameters=parameters, multiply_adds=own)
+            shape = '×'.join(map(str, outputs[name].shape[1:]))
+            rows[name or 'itself'] = dict(kind=type(layer).__name__, output=shape, parameters=parameters,
+                                          multiply_adds=own)
     return pd.DataFrame(rows).T.astype(dict(parameters=int, multiply_adds=int))
 
 # %% ../nbs/04_models.ipynb #9861dd91
@@ -242,7 +243,7 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.classifier(self.features(x))
 
-# %% ../nbs/04_models.ipynb #f82ab2a7
+# %% ../nbs/04_models.ipynb #ca32051f
 class AlexNet(nn.Module):
     "AlexNet in one column (Krizhevsky, 2014), as torchvision has it; from 63 × 63 pixels on."
     def __init__(
@@ -288,13 +289,13 @@ class ResidualBlock(nn.Module):
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(residual + self.shortcut(x))
 
-# %% ../nbs/04_models.ipynb #1abed68c
+# %% ../nbs/04_models.ipynb #8d85a62a
 def photo_stem(channels: int, width: int) -> nn.Sequential:
     "ResNet's first layers for photographs: a quarter of the height and width."
     first = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
     return nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1))
 
-
+# %% ../nbs/04_models.ipynb #1409ac2d
 class ResNet(nn.Module):
     "A ResNet of two-convolution blocks (He et al., 2015); the defaults make ResNet-18."
     def __init__(
@@ -321,7 +322,7 @@ class ResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.pool(self.stages(self.stem(x))).flatten(1))
 
-# %% ../nbs/04_models.ipynb #980ca414
+# %% ../nbs/04_models.ipynb #beb9afcc
 def depthwise_separable(
     inputs: int,  # channels coming in
     outputs: int,  # channels going out
@@ -333,7 +334,7 @@ def depthwise_separable(
         nn.BatchNorm2d(inputs), nn.ReLU6(),
         nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU6())
 
-
+# %% ../nbs/04_models.ipynb #8123a97b
 class MobileNet(nn.Module):
     "MobileNet, the first version (Howard et al., 2017)."
     def __init__(
@@ -358,7 +359,7 @@ class MobileNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.pool(self.blocks(self.stem(x))).flatten(1))
 
-# %% ../nbs/04_models.ipynb #1153e77b
+# %% ../nbs/04_models.ipynb #a3a974be
 class Attention(nn.Module):
     "Every token looks at every token (Vaswani et al., 2017), in several heads at once."
     def __init__(
@@ -378,10 +379,14 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(*self.split(x))
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
-
+# %% ../nbs/04_models.ipynb #3ebc9e44
 class TransformerBlock(nn.Module):
     "Attention between the tokens, then two linear layers within each; a shortcut around either."
-    def __init__(self, width: int, heads: int):
+    def __init__(
+        self,
+        width: int,  # numbers in a token
+        heads: int,  # of attention; divides `width`
+    ):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -391,7 +396,7 @@ class TransformerBlock(nn.Module):
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/04_models.ipynb #4a6c723a
+# %% ../nbs/04_models.ipynb #fb8c5645
 class VisionTransformer(nn.Module):
     "A vision transformer (Dosovitskiy et al., 2020); a small one by default."
     def __init__(
@@ -418,7 +423,7 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1) + self.position
         return self.head(self.norm(self.blocks(tokens))[:, 0])
 
-# %% ../nbs/04_models.ipynb #a0fd7a48
+# %% ../nbs/04_models.ipynb #7bb7d463
 BY_HAND: dict[str, Callable[..., nn.Module]] = dict(
     small_cnn=SmallCNN, simple_cnn=SimpleCNN, lenet=LeNet, alexnet=AlexNet, mobilenet=MobileNet,
     small_resnet=partial(ResNet, blocks=(3, 3, 3), width=16, stem=conv_block), small_vit=VisionTransformer)
@@ -454,7 +459,7 @@ def check_architecture(
     nearest = f' Nearest: {", ".join(near)}.' if near else ''
     raise InputError(f'Unknown architecture {architecture!r}.{nearest}')
 
-# %% ../nbs/04_models.ipynb #bf6349b1
+# %% ../nbs/04_models.ipynb #c9085a87
 def _make(architecture: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
     "The network by itself; one that is made for a fixed size is made for this one."
     if architecture in BY_HAND: return BY_HAND[architecture](classes, channels, size)
@@ -474,7 +479,7 @@ def _smallest_side(architecture: str, channels: int) -> int | None:
         except Exception: continue  # whatever a network raises for a size it cannot take
     return None
 
-# %% ../nbs/04_models.ipynb #aed58546
+# %% ../nbs/04_models.ipynb #06f4f95e
 def create_model(
     architecture: str,  # a name of `BY_HAND`, or any timm model
     classes: int,  # number of classes
@@ -505,7 +510,7 @@ def compare_costs(
     table = pd.DataFrame({name: vars(cost) for name, cost in rows.items()}).T
     return table.astype(dict(parameters=int, multiply_adds=int)).sort_values('multiply_adds')
 
-# %% ../nbs/04_models.ipynb #1bd88ec9
+# %% ../nbs/04_models.ipynb #16dfb938
 _PUBLISHED = """
     convnext_atto 75.672 224, convnext_femto 77.498 224, convnext_nano 82.306 224, convnext_pico 79.516 224,
     convnext_small 85.164 224, convnext_tiny 84.192 224, convnextv2_atto 76.644 224,
@@ -535,7 +540,7 @@ def published_accuracy() -> pd.DataFrame:  # one row an architecture: accuracy i
     table = pd.DataFrame(rows, columns=['architecture', 'top1', 'side']).set_index('architecture')
     return table.astype(dict(top1=float, side=int))
 
-# %% ../nbs/04_models.ipynb #5dfb4607
+# %% ../nbs/04_models.ipynb #502d9eaa
 def counted_cost(
     architecture: str,  # a name that `create_model` takes
     input_shape: tuple[int, int, int] | None = None,  # `[C, H, W]`; the network's own by default
@@ -560,7 +565,7 @@ def weights_status(
     cached = cfg.hf_hub_id and try_to_load_from_cache(cfg.hf_hub_id, 'model.safetensors')
     return 'here' if isinstance(cached, str) else 'download'
 
-# %% ../nbs/04_models.ipynb #171a0d1f
+# %% ../nbs/04_models.ipynb #e5d6402a
 @dataclass(frozen=True)
 class Limits:
     "What a network may cost and must reach; None where it does not matter."
@@ -578,9 +583,9 @@ class Limits:
 
 
 def _known_first(names: list[str]) -> list[str]:
-    "This chapter's networks, then those with a published accuracy, then the rest."
-    known = published_accuracy().index
-    return sorted(names, key=lambda name: (name not in BY_HAND, name not in known))
+    "This chapter's networks, then those with a published accuracy, the most accurate first, then the rest."
+    known = published_accuracy().top1
+    return sorted(names, key=lambda name: (name not in BY_HAND, -known.get(name, 0)))
 
 
 def _measured(architecture: str, counts: dict[str, int], repeats: int) -> float:
@@ -590,11 +595,11 @@ def _measured(architecture: str, counts: dict[str, int], repeats: int) -> float:
     model = _make(architecture, 1000, shape[0], shape[1:]).eval()
     return _latency_ms(model, torch.zeros(1, *shape), repeats, most_s=2.0)
 
-# %% ../nbs/04_models.ipynb #71961906
+# %% ../nbs/04_models.ipynb #9acf43ec
 def search_zoo(
     pattern: str | list[str] = '*',  # of names, as in `zoo`; or the names themselves
     limits: Limits = Limits(),  # what a network may cost and must reach
-    most: int = 20,  # rows; those with a published accuracy come first
+    most: int = 20,  # rows at most; the most accurate are looked at first
     repeats: int = 10,  # timed runs of each; 0 for no latency
     installed: Callable[[str], bool] | None = None,  # as in `weights_status`
     progress: Callable[[int, int], None] | None = None,  # told how many rows are found, and of how many
@@ -619,7 +624,7 @@ def search_zoo(
     table.attrs['unseen'] = len(list(waiting))
     return table
 
-# %% ../nbs/04_models.ipynb #bde45493
+# %% ../nbs/04_models.ipynb #d2fd8d70
 def pareto_front(
     table: pd.DataFrame,  # one row a network
     cost: str = 'latency_ms',  # the column that should be small

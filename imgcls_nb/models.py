@@ -9,7 +9,7 @@ __all__ = ['BY_HAND', 'OWN_SIZES', 'LeNet', 'feature_maps', 'draw_network', 'Mod
            'receptive_field', 'SimpleCNN', 'conv_block', 'SmallCNN', 'AlexNet', 'ResidualBlock', 'photo_stem', 'ResNet',
            'depthwise_separable', 'MobileNet', 'Attention', 'TransformerBlock', 'VisionTransformer', 'zoo',
            'own_input_shape', 'check_architecture', 'create_model', 'compare_costs', 'published_accuracy',
-           'counted_cost', 'weights_status', 'Limits', 'search_zoo', 'pareto_front']
+           'counted_cost', 'weights_status', 'ModelLimits', 'search_zoo', 'pareto_front']
 
 # %% ../nbs/04_models.ipynb #fb7213e3
 import copy
@@ -567,7 +567,7 @@ def weights_status(
 
 # %% ../nbs/04_models.ipynb #e5d6402a
 @dataclass(frozen=True)
-class Limits:
+class ModelLimits:
     "What a network may cost and must reach; None where it does not matter."
     parameters: float | None = None  # at most
     multiply_adds: float | None = None  # at most, for one image of its own size
@@ -598,7 +598,7 @@ def _measured(architecture: str, counts: dict[str, int], repeats: int) -> float:
 # %% ../nbs/04_models.ipynb #9acf43ec
 def search_zoo(
     pattern: str | list[str] = '*',  # of names, as in `zoo`; or the names themselves
-    limits: Limits = Limits(),  # what a network may cost and must reach
+    limits: ModelLimits = ModelLimits(),  # what a network may cost and must reach
     most: int = 20,  # rows at most; the most accurate are looked at first
     repeats: int = 10,  # timed runs of each; 0 for no latency
     installed: Callable[[str], bool] | None = None,  # as in `weights_status`

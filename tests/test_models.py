@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from imgcls_nb.models import (BY_HAND, AlexNet, LeNet, Limits, MobileNet, ResNet, SimpleCNN, SmallCNN, VisionTransformer,
+from imgcls_nb.models import (BY_HAND, AlexNet, LeNet, ModelLimits, MobileNet, ResNet, SimpleCNN, SmallCNN, VisionTransformer,
                               conv_block, counted_cost, create_model, draw_network, feature_maps, layer_costs, model_cost,
                               own_input_shape, pareto_front, published_accuracy, receptive_field, search_zoo,
                               weights_status, zoo)
@@ -160,11 +160,11 @@ def test_published_accuracies_are_of_default_weights_at_their_own_size():
 
 
 def test_search_keeps_to_its_limits():
-    table = search_zoo('*mobilenet*', Limits(parameters=6e6, multiply_adds=3e8, top1=65), most=4, repeats=0)
+    table = search_zoo('*mobilenet*', ModelLimits(parameters=6e6, multiply_adds=3e8, top1=65), most=4, repeats=0)
     assert len(table) == 4 and table.attrs['unseen'] > 0 and table.latency_ms.isna().all()
     assert (table.parameters <= 6e6).all() and (table.multiply_adds <= 3e8).all() and (table.top1 >= 65).all()
     assert table.multiply_adds.is_monotonic_increasing
-    slow = search_zoo(['lenet', 'resnet18'], Limits(latency_ms=1e-6), repeats=1)
+    slow = search_zoo(['lenet', 'resnet18'], ModelLimits(latency_ms=1e-6), repeats=1)
     assert len(slow) == 0 and list(slow.columns) == list(table.columns) and slow.attrs['unseen'] == 0
     assert len(search_zoo('nothing_like_this')) == 0
 

@@ -293,8 +293,8 @@ def models_command(args: argparse.Namespace) -> int:
     "`imgcls models [PATTERN]`: the zoo, with what each network costs here."
     from imgcls_nb.models import ModelLimits, search_zoo
     from imgcls_nb.transfer import has_offline_weights
-    millions = None if args.parameters is None else args.parameters * 1e6
-    limits = ModelLimits(parameters=millions, latency_ms=args.latency_ms, top1=args.top1)
+    parameters = None if args.parameters is None else args.parameters * 1e6
+    limits = ModelLimits(parameters, args.multiply_adds * 1e6, args.latency_ms, args.top1)
     with Screen(quiet=args.json).bar('measure') as progress:
         table = search_zoo(args.pattern, limits, args.most, installed=has_offline_weights, progress=progress)
     if not len(table): raise InputError(f'No network named {args.pattern!r} keeps to these limits.')
@@ -432,6 +432,8 @@ def _add_models(commands) -> None:
                                    '  imgcls models --parameters 5 --top1 74')
     p.add_argument('pattern', nargs='?', default='*', help='a name, * stands for anything')
     p.add_argument('--parameters', type=float, metavar='M', help='millions of parameters at most')
+    p.add_argument('--multiply-adds', type=float, metavar='M', default=2000,
+                   help='millions of multiply-adds for one image at most')
     p.add_argument('--latency-ms', type=float, help='median time for one image at most, measured here')
     p.add_argument('--top1', type=float, help='least published ImageNet accuracy in percent')
     p.add_argument('--most', type=_positive, default=10, help='how many networks to show')

@@ -55,3 +55,13 @@ def test_all_reexports_every_chapter():
     for name in ('Task', 'open_image', 'load_images', 'augmentations', 'create_model', 'pretrained_model', 'image_learner',
                  'evaluate', 'load_bundle', 'export', 'compress', 'serve'):
         assert hasattr(everything, name), name
+
+
+def test_no_two_chapters_give_one_name_to_two_things():
+    "`from imgcls_nb.all import *` would silently keep the later one."
+    import importlib
+    owner = {}
+    for module in ORDER:
+        if module in ('serve', 'cli'): continue  # all.py takes single names of serve and nothing of cli
+        for name in importlib.import_module(f'imgcls_nb.{module}').__all__:
+            assert owner.setdefault(name, module) == module, f'{name} is in {owner[name]} and in {module}'

@@ -204,3 +204,13 @@ def test_pareto_front_of_a_table():
 def test_names_at_hand():
     assert set(BY_HAND) <= set(zoo()) and len(set(zoo())) == len(zoo()), 'a name by hand hides one of timm'
     assert zoo('small_*')[:3] == ['small_cnn', 'small_resnet', 'small_vit']
+
+
+def test_the_command_lists_networks_that_keep_to_the_limits():
+    import json
+    from conftest import assert_sentence, imgcls
+    result = imgcls('models', '*mobilenet*', '--parameters', '4', '--top1', '65', '--most', '2', '--json')
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert len(found) == 2 and all(row['parameters'] <= 4e6 and row['top1'] >= 65 and row['latency_ms'] > 0 for row in found.values())
+    assert_sentence(imgcls('models', 'no such network'), "'no such network'")

@@ -158,7 +158,7 @@ def _announce(run: Run, learn, epochs: int, screen: Screen) -> None:
     from imgcls_nb.train import seconds_per_step
     steps = (epochs + learn.recipe['pretrained']) * len(learn.dls.train)
     seconds = steps * seconds_per_step(learn) * 1.25 + 20  # validation after each epoch; then the export
-    megabytes = sum(p.numel() for p in learn.model.parameters()) * 4 * 8.5 / 1e6 + 2  # two checkpoints, exports
+    megabytes = sum(p.numel() for p in learn.model.parameters()) * 4 * 8.5 / 1e6 + 2  # 2 checkpoints, exports
     free = shutil.disk_usage(run.folder).free / 1e6
     screen.say(f'{learn.recipe["architecture"]}, {epochs} epochs on {learn.dls.device}: '
                f'about {_minutes(seconds)} and {megabytes:.0f} MB in {run.folder}')
@@ -301,8 +301,8 @@ def models_command(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(json.loads(table.to_json(orient='index')), indent=2))
         return 0
-    rows = [[name, f'{r.parameters / 1e6:.2f}', f'{r.multiply_adds / 1e6:,.0f}', r.input, _number(r.latency_ms),
-             _number(r.top1), r.weights] for name, r in table.iterrows()]
+    rows = [[name, f'{r.parameters / 1e6:.2f}', f'{r.multiply_adds / 1e6:,.0f}', r.input,
+             _number(r.latency_ms), _number(r.top1), r.weights] for name, r in table.iterrows()]
     print_table(rows, MODEL_HEADING, 'The fastest first, each at its own input size')
     if table.attrs['unseen']: print(f'{table.attrs["unseen"]} more names were not looked at (--most).')
     return 0

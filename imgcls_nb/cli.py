@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from .run import (ImgclsError, InputError, Run, create_run, recording, save_record, stage,
+from .run import (ImgclsError, InputError, Run, create_run, open_run, recording, save_record, stage,
                            whole_or_absent, write_json, write_text)
 
 # %% ../nbs/21_cli.ipynb #acaa45db
@@ -71,10 +71,11 @@ def run_command(args: argparse.Namespace) -> int:
     "`imgcls run SOURCE`: check, split, train, evaluate, export, compress, report."
     screen = Screen(quiet=args.json)
     from imgcls_nb.task import Task, machine
+    earlier = _earlier(args) if args.resume else None
     _check_options(args)
     data = _load(args)
-    run = create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source), seed=args.seed,
-                     hardware=machine().as_dict())
+    run = earlier or create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source),
+                                seed=args.seed, options=_options(args), hardware=machine().as_dict())
     args.folder = run.folder
     with recording(run):
         data = _prepare(run, data, args, screen)
@@ -87,7 +88,7 @@ def run_command(args: argparse.Namespace) -> int:
     else: _print_summary(run, summary)
     return 1 if args.strict and not all(r['met'] for r in summary['requirements']) else 0
 
-
+# %% ../nbs/21_cli.ipynb #d4a10022
 def _safe_name(name: str) -> str:
     "A folder's name from any text."
     name = ''.join('_' if c in '/\\:*?"<>|' or ord(c) < 32 else c for c in name).strip('. ')
@@ -96,6 +97,7 @@ def _safe_name(name: str) -> str:
 
 def _check_options(args: argparse.Namespace) -> None:
     "Refuse a name that nothing has before the first image is read."
+    if not args.source: raise InputError('Name a source, such as digits or a folder (imgcls run --help).')
     from imgcls_nb.augment import augmentations, mixing
     from imgcls_nb.balance import check_balance
     from imgcls_nb.models import check_architecture
@@ -120,6 +122,7 @@ def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
     findings = data.check()
     with stage(run, 'split'):
         data = data.split(seed=args.seed)
+        _check_unchanged(run, data)
         with whole_or_absent(run.items) as partial: data.table().to_csv(partial, index=False)
     save_record(run, data=dict(name=data.name, fingerprint=data.fingerprint(), classes=list(data.classes),
                                images=len(data), set_aside=len(data.set_aside)),
@@ -134,11 +137,37 @@ def _count_kinds(findings) -> str:
     words = [f'{kinds.count(kind)} × {kind}' for kind in dict.fromkeys(kinds)]
     return ', '.join(words) or 'nothing wrong found'
 
+# %% ../nbs/21_cli.ipynb #d4a10012
+def _options(args: argparse.Namespace) -> dict:
+    "Every argument that changes the result, for the record."
+    others = {'command', 'debug', 'folder', 'json', 'name', 'resume', 'runs', 'strict'}
+    return {name: value for name, value in vars(args).items() if name not in others}
+
+
+def _earlier(args: argparse.Namespace) -> Run:
+    "The run to go on with; its options take the place of those in `args`."
+    run = open_run(args.resume)
+    if run.record.get('state') == 'finished':
+        raise InputError(f'{run.folder} is finished: there is nothing to go on with.')
+    options = run.record.get('options')
+    if not isinstance(options, dict) or set(options) != set(_options(args)):
+        raise InputError(f'{run.folder} was made by another version, which kept no options: start a new run.')
+    vars(args).update(options)
+    return run
+
+
+def _check_unchanged(run: Run, data) -> None:
+    "Refuse to go on with other images than the run began with."
+    before = run.record.get('data', {}).get('fingerprint')
+    if before and before != data.fingerprint():
+        raise InputError(f'The images of {run.record["source"]} have changed since {run.folder} began: '
+                         'start a new run.')
+
 # %% ../nbs/21_cli.ipynb #3a9157c0
 def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     "Make a learner, say how long it will take, and train it."
     from imgcls_nb.augment import mixing
-    from imgcls_nb.train import Checkpoint, EpochLog, ReportProgress, default_epochs, image_learner, train
+    from imgcls_nb.train import EpochLog, ReportProgress, default_epochs, image_learner, train
     with stage(run, 'prepare'), screen.bar('prepare') as progress:
         pretrained = False if args.from_scratch else None
         learn = image_learner(data, args.arch, pretrained, args.size, args.batch_size, args.augment,
@@ -146,9 +175,10 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
     learn.logger, learn.recipe['mix'] = (lambda row: None), args.mix
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
-    callbacks = EpochLog(run.log), Checkpoint(run.checkpoint), *mixing(args.mix)
+    callbacks = EpochLog(run.log), *mixing(args.mix)
     with stage(run, 'train'), screen.bar('train') as progress:
-        train(learn, args.epochs, args.learning_rate, (*callbacks, ReportProgress(progress)))
+        train(learn, args.epochs, args.learning_rate, (*callbacks, ReportProgress(progress)),
+              resume=run.checkpoint)
     save_record(run, recipe=learn.recipe)
     return learn
 
@@ -363,25 +393,26 @@ def serve_command(args: argparse.Namespace) -> int:
     serve(args.bundle, args.host, args.port, args.runtime)
     return 0
 
-# %% ../nbs/21_cli.ipynb #12cc8945
+# %% ../nbs/21_cli.ipynb #d4a10021
 SOURCES = "a data set's name, hf:OWNER/NAME, a folder, a table (.csv), arrays (.npz), a label tool's export"
 
 
-def _add_source(p: argparse.ArgumentParser) -> None:
+def _add_source(p: argparse.ArgumentParser, **options) -> None:
     "Where the images come from."
-    p.add_argument('source', help=SOURCES)
+    p.add_argument('source', help=SOURCES, **options)
     p.add_argument('--images', metavar='FOLDER', help='for a table or an export: where its pictures are')
     p.add_argument('--pattern', metavar='REGEX',
                    help='for a folder: labels from file names, such as "(?P<label>[a-z]+)_[0-9]+"')
     p.add_argument('--edits', metavar='LOG', help='apply the log that a labelling grid wrote')
 
-
+# %% ../nbs/21_cli.ipynb #12cc8945
 def _add_run(commands) -> None:
     "Options of `imgcls run`."
     examples = 'examples:\n  imgcls run digits\n  imgcls run photos --epochs 5 --target 0.95 --strict'
     p = commands.add_parser('run', help='check, split, train, evaluate, export, compress, report',
                             formatter_class=_Format, epilog=examples)
-    _add_source(p)
+    _add_source(p, nargs='?')
+    p.add_argument('--resume', metavar='RUN', help='go on with a run that was cut off, with its own options')
     p.add_argument('--arch', help='small_cnn, or any timm model (default: chosen for the data)')
     p.add_argument('--from-scratch', action='store_true', help='do not start from pretrained weights')
     p.add_argument('--epochs', type=_positive, help='passes over the training images')

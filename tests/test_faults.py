@@ -98,7 +98,7 @@ def test_weights_that_are_not_at_hand(tmp_path):
     assert_sentence(result, 'efficientnet_lite0', 'tf_efficientnet_lite0', 'padding')
 
 
-@pytest.mark.parametrize('args', [[], ['run'], ['run', 'digits', '--epochs', '0'], ['predict', 'somewhere'], ['dance']])
+@pytest.mark.parametrize('args', [[], ['run', 'digits', '--epochs', '0'], ['predict', 'somewhere'], ['dance']])
 def test_wrong_arguments(args):
     result = imgcls(*args)
     assert result.returncode == 2 and result.stderr.startswith('usage:') and 'Traceback' not in result.stderr

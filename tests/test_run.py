@@ -2,14 +2,17 @@
 import csv
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import OFFLINE, assert_no_leftovers, assert_sentence, imgcls
+from conftest import IMGCLS, OFFLINE, assert_no_leftovers, assert_sentence, imgcls
 from samples import BROKEN, MODES
 
 PARTS = {'run.json', 'items.csv', 'log.csv', 'checkpoint', 'predictions.npz', 'report.html', 'metrics.json', 'bundle'}
@@ -209,3 +212,41 @@ def test_photographs_are_fine_tuned(photo_folder, tmp_path):
     record = json.loads((tmp_path/summary['bundle']/'bundle.json').read_text(encoding='utf-8'))
     assert record['architecture'] == 'tf_efficientnet_lite0' and record['recipe']['pretrained']
     assert record['runtimes']['onnx']['parity']['max_difference'] <= 1e-4
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
+    options = ['run', 'digits', '--epochs', '6', '--mix', 'mixup', '--json']
+    whole = imgcls(*options, '--runs', tmp_path/'whole', cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([IMGCLS, *options], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, **OFFLINE})
+    run = tmp_path/'runs'/'digits'
+    while process.poll() is None and not (run/'checkpoint').exists(): time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (run/'bundle').exists(), 'the run ended before it could be killed'
+    resumed = imgcls('run', '--resume', run, '--json', cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    weights = [(folder/'bundle'/'model.safetensors').read_bytes() for folder in (run, tmp_path/'whole'/'digits')]
+    assert weights[0] == weights[1]
+    assert json.loads(resumed.stdout)['accuracy'] == json.loads(whole.stdout)['accuracy']
+    logs = [[row['valid_loss'] for row in csv.DictReader((folder/'log.csv').open())] for folder in (run, tmp_path/'whole'/'digits')]
+    assert len(logs[0]) == 6 and logs[0] == logs[1]
+    assert_sentence(imgcls('run', '--resume', run, cwd=tmp_path), 'is finished')
+
+
+def test_a_run_goes_on_with_its_own_images_alone(photo_folder, tmp_path):
+    shutil.copytree(photo_folder, tmp_path/'photos')
+    process = subprocess.Popen([IMGCLS, 'run', 'photos', '--arch', 'small_cnn', '--size', '32', '--epochs', '400'], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **OFFLINE})
+    run = tmp_path/'runs'/'photos'
+    try:
+        while process.poll() is None and not (run/'checkpoint').exists(): time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    used = next(row['image'] for row in csv.DictReader((run/'items.csv').open(encoding='utf-8')) if row['split'])
+    (tmp_path/'photos'/used).unlink()
+    assert_sentence(imgcls('run', '--resume', run, cwd=tmp_path), 'have changed')
+    assert_sentence(imgcls('run', '--resume', tmp_path/'photos', cwd=tmp_path), 'not a run')
+    assert_sentence(imgcls('run', cwd=tmp_path), 'Name a source')

@@ -33,7 +33,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
-from .data import CROP_MARK, Finding, Findings, ImageSet, Progress
+from .data import Finding, Findings, ImageSet, Progress, crop_file
 from .image import ImageError, Preprocessing, normalize
 from .run import InputError
 
@@ -47,7 +47,7 @@ def _misnamed(data: ImageSet) -> Iterator[Finding]:
     "Files whose name and content disagree."
     if data.arrays is not None: return
     for image, format in zip(data.items['image'], data.items['format']):
-        suffix = Path(image.partition(CROP_MARK)[0]).suffix.lower()
+        suffix = Path(crop_file(image)).suffix.lower()
         if format not in SUFFIX_FORMATS.get(suffix, ()):
             yield Finding('misnamed', image, f'is {format} but its name ends in {suffix or "nothing"}',
                           'nothing: it is read by its content; rename it to spare others the surprise')

@@ -122,9 +122,10 @@ def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
     findings = data.check()
     with stage(run, 'split'):
         data = data.split(seed=args.seed)
-        _check_unchanged(run, data)
+        fingerprint = data.fingerprint()
+        _check_unchanged(run, fingerprint)
         with whole_or_absent(run.items) as partial: data.table().to_csv(partial, index=False)
-    save_record(run, data=dict(name=data.name, fingerprint=data.fingerprint(), classes=list(data.classes),
+    save_record(run, data=dict(name=data.name, fingerprint=fingerprint, classes=list(data.classes),
                                images=len(data), set_aside=len(data.set_aside)),
                 findings=[finding.as_dict() for finding in findings])
     screen.say(f'{data.name}: {len(data):,} images of {len(data.classes)} classes, {_count_kinds(findings)}')
@@ -156,10 +157,10 @@ def _earlier(args: argparse.Namespace) -> Run:
     return run
 
 
-def _check_unchanged(run: Run, data) -> None:
+def _check_unchanged(run: Run, fingerprint: str) -> None:
     "Refuse to go on with other images than the run began with."
     before = run.record.get('data', {}).get('fingerprint')
-    if before and before != data.fingerprint():
+    if before and before != fingerprint:
         raise InputError(f'The images of {run.record["source"]} have changed since {run.folder} began: '
                          'start a new run.')
 

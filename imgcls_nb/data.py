@@ -7,7 +7,7 @@ Docs: https://imgcls.github.io/imgcls_nb/data.html.md"""
 # %% auto #0
 __all__ = ['SPLITS', 'CROP_MARK', 'WIDE_FONTS', 'TEXTURES', 'TEXTURE_PATCH', 'TEXTURE_SHARES', 'SPLIT_NAMES', 'IMAGE_SUFFIXES',
            'FOREIGN_SUFFIXES', 'Progress', 'Pairs', 'Finding', 'Findings', 'ImageSet', 'open_file', 'crop_name',
-           'crop_box', 'from_arrays', 'digits', 'title_fonts', 'show_images', 'textures', 'from_folder',
+           'crop_file', 'crop_box', 'from_arrays', 'digits', 'title_fonts', 'show_images', 'textures', 'from_folder',
            'difference_hash', 'PixelDataset', 'BatchLoader']
 
 # %% ../nbs/02_data.ipynb #7db2a9dc
@@ -156,6 +156,13 @@ def crop_name(
     return f'{file}{CROP_MARK}{box[0]},{box[1]},{box[2] - box[0]},{box[3] - box[1]}'
 
 
+def crop_file(
+    name: str,  # as `crop_name` gives it, or the name of a file
+) -> str:
+    "The file that a name in the table means, without the part of it."
+    return name.partition(CROP_MARK)[0]
+
+
 def crop_box(
     name: str,  # as `crop_name` gives it
 ) -> tuple[int, int, int, int] | None:  # left, top, right and bottom edge in pixels
@@ -165,7 +172,7 @@ def crop_box(
     x, y, width, height = map(int, found.groups())
     return x, y, x + width, y + height
 
-
+# %% ../nbs/02_data.ipynb #c5a1f0e3
 @patch
 def box(
     self: ImageSet,  # the table
@@ -184,7 +191,14 @@ def source(
     "Where an image is: a path, or the image itself."
     image = self.items['image'].iloc[row]
     if self.arrays is not None: return Image.fromarray(self.arrays[image])
-    return self.root/(image if self.box(row) is None else image.partition(CROP_MARK)[0])
+    return self.root/(image if self.box(row) is None else crop_file(image))
+
+
+@patch
+def _open_whole(self: ImageSet, row: int, mode: str) -> Image.Image:
+    "Open all of an image's file; errors name it."
+    source = self.source(row)
+    return source.convert(mode) if isinstance(source, Image.Image) else open_file(source, mode)
 
 
 @patch
@@ -194,8 +208,7 @@ def open(
     mode: str = 'RGB',  # 'RGB' for colour, 'L' for grey
 ) -> Image.Image:
     "Open one image, or the part of it that `box` gives; errors name the file."
-    source, box = self.source(row), self.box(row)
-    image = source.convert(mode) if isinstance(source, Image.Image) else open_file(source, mode)
+    image, box = self._open_whole(row, mode), self.box(row)
     return image if box is None else image.crop(box)
 
 # %% ../nbs/02_data.ipynb #46405cff

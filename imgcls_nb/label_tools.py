@@ -36,8 +36,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .data import (CROP_MARK, FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SPLIT_NAMES, Finding, ImageSet,
-                            _classes, _files, crop_name)
+from .data import (FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SPLIT_NAMES, Finding, ImageSet,
+                            _classes, _files, crop_file, crop_name)
 from .image import ImageError, Limits, image_info, open_image
 from .run import InputError, write_text
 
@@ -151,13 +151,18 @@ def _open_file(files: ExportFiles, name: str) -> BinaryIO:
     raise InputError(f'{title} {"is too large" if size else "is empty: export it again"}.')
 
 # %% ../nbs/02a_label_tools.ipynb #cad6bb6e
+def _encoding(start: bytes) -> str:
+    "Which of the two encodings that tools write a text has, by its first two bytes."
+    return 'utf-16' if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig'
+
+
 def _lines(files: ExportFiles, name: str) -> Iterator[tuple[int, str]]:
     "The numbered lines of a text that are not empty, read one by one, without a byte order mark."
     number = 0
     with _open_file(files, name) as file:
-        utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = _encoding(file.read(2))
         file.seek(0)
-        lines = io.TextIOWrapper(file, 'utf-16' if utf16 else 'utf-8-sig')
+        lines = io.TextIOWrapper(file, encoding)
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip(): yield number, line.strip()
@@ -169,8 +174,7 @@ def _lines(files: ExportFiles, name: str) -> Iterator[tuple[int, str]]:
 def _text(files: ExportFiles, name: str) -> str:
     "The whole text of a file in UTF-8 or UTF-16, without its byte order mark."
     with _open_file(files, name) as file: data = file.read()
-    encoding = 'utf-16' if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig'
-    try: return data.decode(encoding)
+    try: return data.decode(_encoding(data[:2]))
     except UnicodeDecodeError as error:
         where = f'{files.title(name)} is no UTF-8 text (byte {error.start})'
         raise InputError(f'{where}: save it as UTF-8.') from error
@@ -523,18 +527,16 @@ def _rows(files: ExportFiles, file: str, group: list[Annotation], boxes: str,
 class ZipImageSet(ImageSet):
     "An `ImageSet` whose pictures stay in a .zip file; `root` is that file."
 
-    def _name(self, row: int) -> str: return self.items['image'].iloc[row].partition(CROP_MARK)[0]
+    def _name(self, row: int) -> str: return crop_file(self.items['image'].iloc[row])
 
     def source(self, row: int) -> bytes:
         "The bytes of a picture's file; none where they cannot be unpacked, and then `open` says why."
         try: return _member(self.root, self._name(row), Limits().max_bytes)
         except ImageError: return b''
 
-    def open(self, row: int, mode: str = 'RGB') -> Image.Image:
-        try: image = open_image(_member(self.root, self._name(row), Limits().max_bytes), mode)
+    def _open_whole(self, row: int, mode: str) -> Image.Image:
+        try: return open_image(_member(self.root, self._name(row), Limits().max_bytes), mode)
         except ImageError as error: raise ImageError(error.kind, f'{self._name(row)} {error}') from error
-        box = self.box(row)
-        return image if box is None else image.crop(box)
 
 # %% ../nbs/02a_label_tools.ipynb #034febbd
 def _splits(items: pd.DataFrame) -> pd.Series | str:

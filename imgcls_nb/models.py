@@ -138,6 +138,12 @@ def _count_flops(model: nn.Module, x: torch.Tensor) -> FlopCounterMode:
     return counter
 
 
+def _counted(model: nn.Module, x: torch.Tensor) -> dict[str, int]:
+    "Parameters and multiply-adds for a batch; on the meta device this takes neither memory nor work."
+    multiply_adds = _count_flops(model, x).get_total_flops() // 2
+    return dict(parameters=sum(p.numel() for p in model.parameters()), multiply_adds=multiply_adds)
+
+
 def layer_costs(
     model: nn.Module,  # any network, on the CPU
     input_shape: tuple[int, int, int],  # `[C, H, W]`
@@ -166,11 +172,10 @@ def model_cost(
 ) -> ModelCost:
     "Count the parameters and multiply-adds, and measure the latency here."
     training, x = model.training, torch.zeros(1, *input_shape)
-    multiply_adds = _count_flops(model, x).get_total_flops() // 2
+    counts = _counted(model, x)
     latency_ms = _latency_ms(model.eval(), x, repeats)
     model.train(training)
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelCost(parameters, multiply_adds, parameters * 4 / 1e6, latency_ms)
+    return ModelCost(**counts, size_mb=counts['parameters'] * 4 / 1e6, latency_ms=latency_ms)
 
 # %% ../nbs/04_models.ipynb #d7c4369d
 def receptive_field(
@@ -550,8 +555,7 @@ def counted_cost(
     shape = input_shape or own_input_shape(check_architecture(architecture))
     with torch.device('meta'):
         model, x = _make(architecture, classes, shape[0], shape[1:]), torch.zeros(1, *shape)
-    multiply_adds = _count_flops(model, x).get_total_flops() // 2
-    return dict(parameters=sum(p.numel() for p in model.parameters()), multiply_adds=multiply_adds)
+    return _counted(model, x)
 
 
 def weights_status(
@@ -582,9 +586,8 @@ class ModelLimits:
         return self.top1 is None or row['top1'] >= self.top1
 
 
-def _known_first(names: list[str]) -> list[str]:
+def _known_first(names: list[str], known: pd.Series) -> list[str]:
     "This chapter's networks, then those with a published accuracy, the most accurate first, then the rest."
-    known = published_accuracy().top1
     return sorted(names, key=lambda name: (name not in BY_HAND, -known.get(name, 0)))
 
 
@@ -605,9 +608,9 @@ def search_zoo(
     progress: Callable[[int, int], None] | None = None,  # told how many rows are found, and of how many
 ) -> pd.DataFrame:  # one row a network, the fastest first; `attrs['unseen']` counts the names not looked at
     "Networks by name, size, accuracy and latency measured here, each at its own input size."
-    by_name = isinstance(pattern, str)
-    names = _known_first(zoo(pattern)) if by_name else [check_architecture(name) for name in pattern]
-    rows, waiting, accuracies = {}, iter(names), published_accuracy().top1
+    by_name, accuracies = isinstance(pattern, str), published_accuracy().top1
+    names = _known_first(zoo(pattern), accuracies) if by_name else list(map(check_architecture, pattern))
+    rows, waiting = {}, iter(names)
     for name in waiting:
         row = dict(top1=accuracies.get(name, np.nan))
         if not limits.allow(row): continue

@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.all import Category, DataLoaders, IntToFloatTensor, Normalize, TensorCategory, TfmdDL
+from fastai.torch_core import to_detach
 from fastai.vision.data import TensorImage  # this module also teaches `show_batch` to show images
 from fastcore.basics import patch
 from matplotlib import font_manager
@@ -828,12 +829,18 @@ def batch(
 
 class BatchLoader(TfmdDL):
     "A fastai loader that fetches a whole batch at once instead of one item at a time."
+    share = slice(None)  # which positions of each batch: of several processes, each takes its own
+
     def before_iter(self):
         super().before_iter()
         self.dataset.epoch += 1
 
     def create_batches(self, samples):
-        for indices in self.chunkify(samples): yield self.dataset.batch(list(indices))
+        for indices in self.chunkify(samples): yield self.dataset.batch(list(indices)[self.share])
+
+    def to_detach(self, b, cpu: bool = True, gather: bool = True):
+        "As fastai's, but what others have seen is gathered only where each process has seen a part."
+        return to_detach(b, cpu, gather and self.share != slice(None))
 
 # %% ../nbs/02_data.ipynb #0f264ac8
 @patch

@@ -29,7 +29,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import Learner  # also adds fit_one_cycle and fine_tune to it
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import default_device, rank_distrib, set_seed, to_device
+from fastai.torch_core import default_device, distrib_barrier, rank_distrib, set_seed, to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors import SafetensorError
@@ -425,7 +425,8 @@ def _recover(folder: Path) -> None:
 
 def _read_checkpoint(folder: Path) -> dict | None:
     "Facts, weights and state of a checkpoint; None where there is none yet."
-    _recover(folder)
+    if not rank_distrib(): _recover(folder)
+    distrib_barrier()  # of several processes, nobody reads before that
     if not folder.exists(): return None
     try:
         saved = json.loads((folder/'state.json').read_text(encoding='utf-8'))
@@ -656,7 +657,7 @@ def seconds_per_step(
     repeats: int = 3,  # steps, of which the fastest counts
 ) -> float:  # seconds
     "The measured time of one training step on a copy of the model, which stays as it is."
-    model = deepcopy(learn.model).train().to(learn.dls.device)
+    model = deepcopy(_bare(learn.model)).train().to(learn.dls.device)
     x, y = _first_batch(learn, batch_size or learn.dls.train.bs)
     seconds = []
     for _ in range(repeats):

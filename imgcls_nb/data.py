@@ -826,7 +826,7 @@ def batch(
     else: pixels = np.stack([self.open_item(i) for i in indices])
     return TensorImage(torch.from_numpy(pixels).permute(0, 3, 1, 2)), TensorCategory(self.labels[indices])
 
-
+# %% ../nbs/02_data.ipynb #39440d12
 class BatchLoader(TfmdDL):
     "A fastai loader that fetches a whole batch at once instead of one item at a time."
     share = slice(None)  # which positions of each batch: of several processes, each takes its own

@@ -14,6 +14,7 @@ from imgcls_nb.transfer import *
 from imgcls_nb.train import *
 from imgcls_nb.distributed import *
 from imgcls_nb.evaluate import *
+from imgcls_nb.compare import *
 from imgcls_nb.bundle import *
 from imgcls_nb.export import *
 from imgcls_nb.compress import *

@@ -6,7 +6,8 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
-           'data_command', 'models_command', 'predict_command', 'serve_command', 'make_parser', 'main']
+           'data_command', 'models_command', 'compare_command', 'predict_command', 'serve_command', 'make_parser',
+           'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -341,6 +342,31 @@ def models_command(args: argparse.Namespace) -> int:
 
 def _number(value: float) -> str: return '' if value != value else f'{value:.1f}'
 
+# %% ../nbs/21_cli.ipynb #c0a10002
+def compare_command(args: argparse.Namespace) -> int:
+    "`imgcls compare RUN RUN`: which is better, and is the difference real."
+    from imgcls_nb.compare import compare_runs, images_needed
+    found = compare_runs(args.first, args.second)
+    disagree, gap = (found.only_first + found.only_second) / found.images, abs(found.accuracy.value)
+    needed = images_needed(gap, disagree) if 0 < gap < disagree else None
+    facts = dict(images=found.images, verdict=found.verdict, images_needed=needed)
+    if args.json: print(json.dumps(asdict(found) | facts))
+    else: _print_comparison(found, needed)
+    return 0
+
+
+def _print_comparison(found, needed: int | None) -> None:
+    "The differences with their intervals, the counts, and the verdict."
+    rows = [[name.replace('_', ' '), f'{row.iloc[0]:+.4f}', f'{row.iloc[1]:+.4f} to {row.iloc[2]:+.4f}']
+            for name, row in found.table().iterrows()]
+    print_table(rows, ['second minus first', 'value', '95% interval'],
+                f'On {found.images:,} images that both have tested')
+    print(f'Both right {found.both_right:,}, only the first {found.only_first}, only the second '
+          f'{found.only_second}, both wrong {found.both_wrong}; p = {found.p_value:.2g}')
+    print(f'{found.verdict}.')
+    if needed and needed > found.images:
+        print(f'To see a difference of this size takes {needed:,} images.')
+
 # %% ../nbs/21_cli.ipynb #02baf1cd
 def _image_paths(names: list[str]) -> Iterator[str]:
     "Files as they are, folders file by file, `-` for a list of paths on standard input."
@@ -472,6 +498,16 @@ def _add_models(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
     p.set_defaults(command=models_command)
 
+# %% ../nbs/21_cli.ipynb #c0a10003
+def _add_compare(commands) -> None:
+    "Options of `imgcls compare`."
+    p = commands.add_parser('compare', help='which of two runs is better, and is the difference real',
+                            formatter_class=_Format, epilog='example:\n  imgcls compare runs/digits runs/digits-2')
+    p.add_argument('first', help="a run's folder")
+    p.add_argument('second', help="another run's folder, with test images in common")
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=compare_command)
+
 # %% ../nbs/21_cli.ipynb #5c3493d7
 def _add_predict(commands) -> None:
     "Options of `imgcls predict`."
@@ -520,7 +556,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    for add in (_add_run, _add_data, _add_models, _add_predict, _add_serve): add(commands)
+    for add in (_add_run, _add_data, _add_models, _add_compare, _add_predict, _add_serve): add(commands)
     return parser
 
 # %% ../nbs/21_cli.ipynb #db873264

@@ -12,6 +12,7 @@ from imgcls_nb.augment import *
 from imgcls_nb.models import *
 from imgcls_nb.transfer import *
 from imgcls_nb.train import *
+from imgcls_nb.averaging import *
 from imgcls_nb.distributed import *
 from imgcls_nb.evaluate import *
 from imgcls_nb.compare import *

@@ -502,7 +502,8 @@ def _add_models(commands) -> None:
 def _add_compare(commands) -> None:
     "Options of `imgcls compare`."
     p = commands.add_parser('compare', help='which of two runs is better, and is the difference real',
-                            formatter_class=_Format, epilog='example:\n  imgcls compare runs/digits runs/digits-2')
+                            formatter_class=_Format,
+                            epilog='example:\n  imgcls compare runs/digits runs/digits-2')
     p.add_argument('first', help="a run's folder")
     p.add_argument('second', help="another run's folder, with test images in common")
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')

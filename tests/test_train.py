@@ -247,3 +247,38 @@ def test_seeds_are_kept_and_not_trained_twice(few, tmp_path):
     assert (runs.probabilities == again.probabilities).all() and not (runs.probabilities[0] == runs.probabilities[1]).all()
     assert {path.name for path in (tmp_path/'seed-4').iterdir()} == {'log.csv', 'checkpoint', 'predictions.npz'}
     assert runs.mean == pytest.approx(((runs.probabilities.argmax(2) == runs.targets).mean(1)).mean())
+
+
+def test_an_average_of_the_weights_survives_a_kill(few, tmp_path):
+    "Interrupted in the third epoch and resumed: the average at the end is the one of a training left alone."
+    from fastai.callback.core import Callback
+
+    from imgcls_nb.averaging import Ema
+    from imgcls_nb.train import image_learner, model_bytes
+
+    class Interrupt(Callback):
+        def after_batch(self):
+            if self.training and self.train_iter == 22: raise KeyboardInterrupt
+
+    def trained(folder, *callbacks):
+        learn = image_learner(few, size=8, batch_size=32, device=CPU)
+        silent(learn, 4, callbacks=(Ema(0.9), *callbacks), resume=folder)
+        return model_bytes(learn.model)
+
+    with pytest.raises(KeyboardInterrupt): trained(tmp_path/'cut', Interrupt())
+    assert trained(tmp_path/'cut') == trained(tmp_path/'whole')
+
+
+def test_an_average_is_not_the_weights_and_changes_nothing_in_training(few):
+    import torch
+
+    from imgcls_nb.averaging import Ema
+    from imgcls_nb.train import image_learner
+
+    def trained(*callbacks):
+        learn = image_learner(few, size=8, batch_size=32, device=CPU)
+        silent(learn, 2, 1e-2, callbacks)
+        return learn
+    plain, averaged = trained(), trained(Ema(0.99))
+    assert torch.equal(torch.stack(plain.recorder.losses), torch.stack(averaged.recorder.losses))  # nothing is fed back
+    assert plain.recorder.values[-1][1] != averaged.recorder.values[-1][1]  # and validation is the average's

@@ -14,6 +14,16 @@ from timm.utils import ModelEmaV3
 
 from .train import _bare
 
+# %% ../nbs/06a_callbacks.ipynb #e3a00001
+def _exchange_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    "Two networks of one kind exchange all their tensors; doing it twice changes nothing."
+    own, other = first.state_dict(), second.state_dict()
+    with torch.no_grad():
+        for name, tensor in own.items():
+            kept = tensor.clone()
+            tensor.copy_(other[name])
+            other[name].copy_(kept)
+
 # %% ../nbs/06a_callbacks.ipynb #bfea470e
 class Ema(Callback):
     "Keep an exponential moving average of the weights; validate with it, and end with it."
@@ -36,7 +46,7 @@ class Ema(Callback):
     def after_validate(self): self._exchange()
 
     def after_fit(self):
-        if self.average is not None: self._exchange()
+        self._exchange()
         self.average = None
 
     def state_dict(self) -> dict: return dict(steps=self.steps, average=self.average.module.state_dict())
@@ -46,11 +56,4 @@ class Ema(Callback):
         self.average.module.load_state_dict(state['average'])
 
     def _exchange(self) -> None:
-        "The model gets the average, and the average keeps the weights; the second time puts them back."
-        if self.average is None: return
-        own, mean = [network.state_dict() for network in (_bare(self.model), self.average.module)]
-        with torch.no_grad():
-            for name, tensor in own.items():
-                kept = tensor.clone()
-                tensor.copy_(mean[name])
-                mean[name].copy_(kept)
+        if self.average is not None: _exchange_weights(_bare(self.model), self.average.module)

@@ -129,21 +129,22 @@ def has_pretrained_weights(
 
 def _with_weights(architecture: str, size: tuple[int, int]) -> nn.Module:
     "A network with its own head and weights, from an installed package or from the Hub."
-    if not has_offline_weights(architecture): return _download(architecture, size_options(architecture, size))
-    return _load_in_order(timm.create_model(architecture), _offline_state(architecture))
+    if has_offline_weights(architecture):
+        return _load_in_order(timm.create_model(architecture), _offline_state(architecture))
+    return _download(architecture, size_options(architecture, size))
 
 
 def _new_head(model: nn.Module, architecture: str, classes: int) -> None:
     "Put an untrained head in the place of the old one; a few of timm's networks are made without any."
     if not hasattr(model, 'reset_classifier'):
-        raise InputError(f'{architecture} is an encoder that takes no classifier: choose another architecture.')
+        raise InputError(f'{architecture} is an encoder that takes no classifier: choose another one.')
     model.reset_classifier(classes)
 
 # %% ../nbs/05_transfer.ipynb #2f6a10c7
 def pretrained_model(
     architecture: str,  # a timm name
     classes: int | None,  # of the new head; 0 for features `[N, F]`; None keeps the weights' own head
-    size: tuple[int, int] | None = None,  # height and width of the input, in pixels; the weights' own by default
+    size: tuple[int, int] | None = None,  # height and width of the input; the weights' own by default
 ) -> nn.Module:  # takes `float32 [N, 3, H, W]`
     "A network with ImageNet weights and a new, untrained head, tried once where a size is asked for."
     check_architecture(architecture)
@@ -191,7 +192,7 @@ class WeightsCard:
 
     @property
     def permissive(self) -> bool:
-        "Whether the licence is one of a few that allow any use, also a commercial one, and ask for credit alone."
+        "Whether the licence is one of a few that allow any use, a commercial one too, and ask for credit."
         return self.licence in PERMISSIVE
 
 # %% ../nbs/05_transfer.ipynb #2f6a10c2
@@ -205,7 +206,7 @@ def _source(architecture: str) -> str:
 
 
 def weights_card(
-    architecture: str,  # a timm name; with a tag behind a dot for weights other than the default ones
+    architecture: str,  # a timm name; with a tag behind a dot for other weights than the default
 ) -> WeightsCard:
     "Licence, training data, preprocessing and source of the weights that `pretrained_model` gives."
     preprocessing = pretrained_preprocessing(architecture)
@@ -258,7 +259,7 @@ def _read_features(path: Path, count: int) -> np.ndarray | None:
 
 
 def _keep_features(path: Path, features: np.ndarray) -> None:
-    "Write features into the cache, whole or not at all; a full or read-only disk only costs time later."
+    "Write features into the cache, whole or not at all; a full or read-only disk costs time, later."
     try:
         with whole_or_absent(path) as partial, partial.open('wb') as file: np.savez(file, features=features)
     except OSError: return
@@ -288,7 +289,7 @@ def cached_features(
     if kept is not None: return kept
     model = pretrained_model(architecture, 0, (p.height, p.width)).to(default_device())
     features, _ = extract_features(model, _batches(data, rows, p, progress))
-    _keep_features(_features_file(data, rows, architecture, p), features)  # a download may have named the weights
+    _keep_features(_features_file(data, rows, architecture, p), features)  # now with the commit
     return features
 
 # %% ../nbs/05_transfer.ipynb #31ceec78
@@ -305,7 +306,7 @@ def split_parameters(
 # %% ../nbs/05_transfer.ipynb #2f6a10c5
 def layer_groups(
     model: nn.Module,  # any network of chapter 04 or of timm
-) -> list[list[nn.Parameter]]:  # from the first layers to the head; as `split_parameters` where timm knows no more
+) -> list[list[nn.Parameter]]:  # from the first layers to the head; two where timm knows no stages
     "Groups of parameters by depth, so that learning rates can grow from one to the next (a fastai splitter)."
     *body, head = split_parameters(model)
     if not body or not hasattr(model, 'group_matcher'): return [*body, head]
@@ -319,7 +320,7 @@ def layer_groups(
 
 # %% ../nbs/05_transfer.ipynb #2f6a10c6
 class FixedAverages(Callback):
-    "Keep the running averages of batch normalisation as the weights brought them; scales and shifts may learn."
+    "Keep the running averages of batch normalisation as they came; scales and shifts may learn."
     run_after = TrainEvalCallback
 
     def before_train(self):

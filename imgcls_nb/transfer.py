@@ -210,7 +210,8 @@ def weights_card(
 ) -> WeightsCard:
     "Licence, training data, preprocessing and source of the weights that `pretrained_model` gives."
     preprocessing = pretrained_preprocessing(architecture)
-    if not has_pretrained_weights(architecture): raise InputError(f'{architecture} has no pretrained weights.')
+    if not has_pretrained_weights(architecture):
+        raise InputError(f'{architecture} has no pretrained weights.')
     cfg = timm.get_pretrained_cfg(architecture)
     seen = [TRAINED_ON[part] for part in cfg.tag.split('_') if part in TRAINED_ON]
     licence = cfg.license if cfg.license not in (None, '', 'unknown') else 'not stated'
@@ -243,7 +244,8 @@ def fit_head(
 # %% ../nbs/05_transfer.ipynb #2f6a10c3
 def _features_file(data: ImageSet, rows: Sequence[int], architecture: str, p: Preprocessing) -> Path:
     "Where the features of exactly these images, weights and preprocessing are kept."
-    commit = '' if has_offline_weights(architecture) else Path(_cached_weights(architecture) or '').parent.name
+    offline = has_offline_weights(architecture)
+    commit = '' if offline else Path(_cached_weights(architecture) or '').parent.name
     facts = dict(weights=_source(architecture), commit=commit, timm=timm.__version__, preprocessing=asdict(p),
                  images=data.items['digest'].iloc[rows].tolist())
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -281,10 +283,10 @@ def cached_features(
     progress: Progress | None = None,  # told how far it is
 ) -> np.ndarray:  # `float32 [N, F]`
     "Features of a pretrained network: computed once, read from the cache ever after."
-    p, rows = preprocessing or pretrained_preprocessing(architecture), range(len(data)) if rows is None else rows
+    p = preprocessing or pretrained_preprocessing(architecture)
+    rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     if not len(rows): raise InputError(f'{data.name}: no images were asked for, so there are no features.')
-    if 'digest' not in data.items: raise InputError(f'{data.name} has no digests yet: call scan() on it first.')
-    rows = np.asarray(rows)
+    if 'digest' not in data.items: raise InputError(f'{data.name} has no digests: call scan() on it first.')
     kept = _read_features(_features_file(data, rows, architecture, p), len(rows))
     if kept is not None: return kept
     model = pretrained_model(architecture, 0, (p.height, p.width)).to(default_device())

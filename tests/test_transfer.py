@@ -11,7 +11,7 @@ from imgcls_nb import transfer
 from imgcls_nb.data import from_folder, textures
 from imgcls_nb.models import BY_HAND, create_model
 from imgcls_nb.run import InputError
-from imgcls_nb.train import image_learner
+from imgcls_nb.train import image_learner, train
 from imgcls_nb.transfer import (cached_features, extract_features, has_pretrained_weights, layer_groups, pretrained_model,
                                 pretrained_preprocessing, split_parameters, weights_card)
 
@@ -276,3 +276,29 @@ def test_progress_is_told(cache, few):
     told = []
     cached_features(few, preprocessing=replace(HALF, height=32, width=32), progress=lambda *numbers: told.append(numbers))
     assert told == [(len(few), len(few))]
+
+
+def interval(values) -> tuple[float, float]:
+    "A 95% confidence interval of the mean (Student's t)."
+    from scipy.stats import sem, t
+    return t.interval(0.95, len(values) - 1, np.mean(values), sem(values))
+
+
+@pytest.mark.slow
+def test_fine_tuning_beats_training_from_scratch_with_20_textures_of_each_class():
+    "Five draws; the network from scratch gets five times as many passes. The intervals do not overlap."
+    patches, scores = textures().scan(), {'tf_efficientnet_lite0': [], 'small_cnn': []}
+    plans = {'tf_efficientnet_lite0': dict(epochs=8, learning_rate=5e-3), 'small_cnn': dict(epochs=45)}
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(len(patches))
+        rank = patches.items.iloc[order].groupby(['label', 'split']).cumcount().sort_index()
+        kept = (rank < 20) | (patches.items['split'] != 'train')
+        few = replace(patches, items=patches.items[kept].reset_index(drop=True))
+        for name, plan in plans.items():
+            learn = image_learner(few, name, size=96 if name == LITE else 64, seed=seed, device=torch.device('cpu'))
+            with learn.no_bar(), learn.no_logging(): train(learn, **plan)
+            logits, targets = extract_features(learn.model, learn.dls[2])
+            scores[name].append((logits.argmax(1) == targets).mean())
+    tuned, scratch = interval(scores[LITE]), interval(scores['small_cnn'])
+    assert np.mean(scores['small_cnn']) > 0.75, 'the loser had a fair chance'
+    assert tuned[0] > scratch[1], scores

@@ -8,15 +8,16 @@ Docs: https://imgcls.github.io/imgcls_nb/models.html.md"""
 __all__ = ['BY_HAND', 'OWN_SIZES', 'LeNet', 'feature_maps', 'draw_network', 'ModelCost', 'layer_costs', 'model_cost',
            'receptive_field', 'SimpleCNN', 'conv_block', 'SmallCNN', 'AlexNet', 'ResidualBlock', 'photo_stem', 'ResNet',
            'depthwise_separable', 'MobileNet', 'Attention', 'TransformerBlock', 'VisionTransformer', 'zoo',
-           'own_input_shape', 'check_architecture', 'create_model', 'compare_costs', 'published_accuracy',
-           'counted_cost', 'weights_status', 'ModelLimits', 'search_zoo', 'pareto_front']
+           'own_input_shape', 'check_architecture', 'size_options', 'explain_size', 'create_model', 'compare_costs',
+           'published_accuracy', 'counted_cost', 'weights_status', 'ModelLimits', 'search_zoo', 'pareto_front']
 
 # %% ../nbs/04_models.ipynb #fb7213e3
 import copy
 import fnmatch
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -465,12 +466,20 @@ def check_architecture(
     raise InputError(f'Unknown architecture {architecture!r}.{nearest}')
 
 # %% ../nbs/04_models.ipynb #c9085a87
+def size_options(
+    architecture: str,  # a timm name
+    size: tuple[int, int],  # height and width of the input, in pixels
+) -> dict:  # arguments for `timm.create_model`: empty for a network that takes any size
+    "What makes a network of a fixed size, as most transformers are, one for this size."
+    cfg = timm.get_pretrained_cfg(architecture)
+    other = cfg is not None and cfg.fixed_input_size and tuple(cfg.input_size[1:]) != tuple(size)
+    return dict(img_size=tuple(size)) if other else {}
+
+
 def _make(architecture: str, classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
     "The network by itself; one that is made for a fixed size is made for this one."
     if architecture in BY_HAND: return BY_HAND[architecture](classes, channels, size)
-    cfg = timm.get_pretrained_cfg(architecture)
-    other = cfg is not None and cfg.fixed_input_size and tuple(cfg.input_size[1:]) != tuple(size)
-    options = dict(img_size=tuple(size)) if other else {}
+    options = size_options(architecture, size)
     return timm.create_model(architecture, num_classes=classes, in_chans=channels, **options)
 
 
@@ -485,6 +494,22 @@ def _smallest_side(architecture: str, channels: int) -> int | None:
     return None
 
 # %% ../nbs/04_models.ipynb #06f4f95e
+@contextmanager
+def explain_size(
+    architecture: str,  # a name that `create_model` takes
+    channels: int,  # 1 for grey, 3 for colour
+    size: tuple[int, int],  # height and width of the input, in pixels
+) -> Iterator[None]:
+    "Turn what a network raises for a size it cannot take into a sentence that names one it takes."
+    try: yield
+    except InputError: raise
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError, TypeError, IndexError) as error:
+        side = _smallest_side(architecture, channels)
+        advice = f'it takes {side} × {side}; choose another size or' if side else 'choose another'
+        raise InputError(f'{architecture} cannot take images of {size[1]} × {size[0]} pixels '
+                         f'({(str(error) or "error").splitlines()[0]}); {advice} architecture.') from error
+
+
 def create_model(
     architecture: str,  # a name of `BY_HAND`, or any timm model
     classes: int,  # number of classes
@@ -493,14 +518,9 @@ def create_model(
 ) -> nn.Module:  # untrained; takes `float32 [N, C, H, W]`, gives logits `[N, classes]`
     "Make a network by name and try it once, so that an image too small for it is found now."
     check_architecture(architecture)
-    try:
+    with explain_size(architecture, channels, size):
         model = _make(architecture, classes, channels, size)
         with torch.no_grad(): model.eval()(torch.zeros(1, channels, *size))
-    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError, TypeError, IndexError) as error:
-        side = _smallest_side(architecture, channels)
-        advice = f'it takes {side} × {side}; choose another size or' if side else 'choose another'
-        raise InputError(f'{architecture} cannot take images of {size[1]} × {size[0]} pixels '
-                         f'({(str(error) or "error").splitlines()[0]}); {advice} architecture.') from error
     return model.train()
 
 # %% ../nbs/04_models.ipynb #20c19d37

@@ -138,14 +138,7 @@ def _new_model(recipe: dict, classes: int, p: Preprocessing) -> torch.nn.Module:
     "A network with or without pretrained weights, for these classes and this input."
     if not recipe['pretrained']:
         return create_model(recipe['architecture'], classes, p.channels, (p.height, p.width))
-    model = pretrained_model(recipe['architecture'], classes)
-    try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, p.channels, p.height, p.width))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f'{recipe["architecture"]} with its pretrained weights cannot take images of '
-                         f'{p.width} × {p.height} pixels ({str(error).splitlines()[0]}); '
-                         'choose another size.') from error
-    return model.train()
+    return pretrained_model(recipe['architecture'], classes, (p.height, p.width))
 
 # %% ../nbs/06_train.ipynb #b06a0002
 def _check_loss(loss: Callable | None, balance: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from imgcls_nb.models import (BY_HAND, AlexNet, LeNet, ModelLimits, MobileNet, ResNet, SimpleCNN, SmallCNN, VisionTransformer,
                               conv_block, counted_cost, create_model, draw_network, feature_maps, layer_costs, model_cost,
                               own_input_shape, pareto_front, published_accuracy, receptive_field, search_zoo,
-                              weights_status, zoo)
+                              size_options, weights_status, zoo)
 from imgcls_nb.run import InputError
 
 TINY = dict(patch=16, width=192, depth=12, heads=3)
@@ -135,6 +135,11 @@ def test_any_timm_name_works_at_its_own_size(name):
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'mixer_s32_224', 'resmlp_12_224'])
 def test_networks_of_a_fixed_size_are_made_for_another(name):
     assert create_model(name, 6, 1, (64, 96))(torch.zeros(2, 1, 64, 96)).shape == (2, 6)
+
+
+def test_only_a_fixed_size_has_to_be_told():
+    assert size_options('vit_tiny_patch16_224', (96, 64)) == dict(img_size=(96, 64))
+    assert size_options('vit_tiny_patch16_224', (224, 224)) == size_options('resnet18', (96, 64)) == {}
 
 
 @pytest.mark.parametrize('name, channels, size, smallest', [('lenet', 1, (8, 8), 16), ('alexnet', 3, (32, 32), 64),

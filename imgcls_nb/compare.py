@@ -69,12 +69,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        "What the accuracies say, in a sentence."
-        points = f'{abs(self.accuracy.value) * 100:.2f} points'
-        if self.accuracy.low > 0: return f'The second is better, by {points}'
-        if self.accuracy.high < 0: return f'The first is better, by {points}'
+        "What the accuracies say, in a sentence; `better` only where interval and test both say so."
         if self.accuracy.value == 0: return 'No difference seen'
-        return f'The {"second" if self.accuracy.value > 0 else "first"} is ahead by {points}: may be luck'
+        ahead = f'The {"second" if self.accuracy.value > 0 else "first"} is'
+        sure = self.p_value < 0.05 and not self.accuracy.low <= 0 <= self.accuracy.high
+        points = f'{abs(self.accuracy.value) * 100:.2f} points'
+        return f'{ahead} better, by {points}' if sure else f'{ahead} ahead by {points}: may be luck'
 
     def table(self) -> pd.DataFrame:
         rows = {name: vars(getattr(self, name)) for name in ('accuracy', 'f1_macro', 'log_loss')}

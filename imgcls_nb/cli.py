@@ -99,6 +99,9 @@ def _safe_name(name: str) -> str:
 def _check_options(args: argparse.Namespace) -> None:
     "Refuse a name that nothing has before the first image is read."
     if not args.source: raise InputError('Name a source, such as digits or a folder (imgcls run --help).')
+    if int(os.environ.get('WORLD_SIZE') or 1) > 1:
+        raise InputError('imgcls run is for one process. To train in several, start a script with accelerate '
+                         'launch, and use across_processes in it (chapter 06b).')
     from imgcls_nb.augment import augmentations, mixing
     from imgcls_nb.balance import check_balance
     from imgcls_nb.models import check_architecture

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, assert_sentence, imgcls
 
 SCRIPT = '''
 import json, os, sys
@@ -104,3 +104,10 @@ def test_layers_are_put_back_after_training():
     with torch.no_grad(): converted[1].running_mean.fill_(3), converted[1].weight.fill_(2)
     _put_back(converted, layers)
     assert converted[1] is before and before.running_mean.eq(3).all() and before.weight.eq(2).all()
+
+
+def test_the_command_is_for_one_process(tmp_path, monkeypatch):
+    "Started by a launcher, each process would make a run of its own."
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert_sentence(imgcls('run', 'digits', cwd=tmp_path), 'across_processes')
+    assert not (tmp_path/'runs').exists()

@@ -131,7 +131,7 @@ def _gpu() -> str | None:
 
 # %% ../nbs/00_task.ipynb #06527c2e
 INSTRUCTIONS = dict(avx2='AVX2', avx512f='AVX-512', avx512_vnni='VNNI', avx_vnni='VNNI', amx_int8='AMX',
-                    asimd='NEON')
+                    avx512_bf16='BF16', amx_bf16='BF16', asimd='NEON')
 
 
 def machine() -> Machine:

@@ -463,7 +463,8 @@ def _add_result(p: argparse.ArgumentParser) -> None:
     "Where the result of a run goes, and what it must reach."
     p.add_argument('--name', help='name of the run (default: the name of the source)')
     p.add_argument('--runs', default='runs', help='folder that holds the runs')
-    p.add_argument('--metric', default='accuracy', help='or balanced_accuracy, f1_macro, auroc_macro')
+    p.add_argument('--metric', default='accuracy',
+                   help='or balanced_accuracy, precision_macro, f1_macro, mcc, auroc_macro')
     p.add_argument('--target', type=float, help='the least value of the metric that will do, such as 0.98')
     p.add_argument('--latency-ms', type=float, help='the longest acceptable median time for one image')
     p.add_argument('--size-mb', type=float, help='the largest acceptable model file')

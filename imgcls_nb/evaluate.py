@@ -306,7 +306,8 @@ def matrix_intervals(
 ) -> dict[str, Estimate]:
     "Balanced accuracy, macro precision, macro F1 and Matthews correlation, each with its interval."
     matrix = confusion_matrix(targets, answers, classes)
-    figures = dict(balanced_accuracy=balanced_accuracy, precision_macro=precision_macro, f1_macro=f1_macro, mcc=matthews)
+    figures = dict(balanced_accuracy=balanced_accuracy, precision_macro=precision_macro, f1_macro=f1_macro,
+                   mcc=matthews)
     draws = [[figure(some) for figure in figures.values()]
              for some in resampled_matrices(targets, answers, classes, groups, repeats)]
     return {name: spread_interval(figures[name](matrix), np.concatenate(drawn), -1.0 if name == 'mcc' else 0.0)
@@ -463,7 +464,7 @@ def in_top(
     probabilities: np.ndarray,  # `float [N, K]`
     k: int,  # how many classes may be named
 ) -> np.ndarray:  # `bool [N]`
-    "Whether the true class is among the `k` most probable; equal ones count from the last class, as in scikit-learn."
+    "Whether the true class is among the `k` most probable; of equal ones the later class, as in scikit-learn."
     best = np.argsort(probabilities, axis=1, kind='stable')[:, ::-1][:, :k]
     return (best == targets[:, None]).any(1)
 
@@ -764,13 +765,14 @@ img {{ max-width: 100%; height: auto }} .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #d9dde2 }}
 th:first-child, td:first-child {{ text-align: left }}
-.wide td:last-child {{ min-width: 9rem }} .note {{ color: #57606a }}
+.figures td:last-child {{ white-space: nowrap; vertical-align: top }} .note {{ color: #57606a }}
+.figures .note {{ font-size: .9rem }}
 @media print {{ body {{ font-size: 10pt; margin: 0 }} h2 {{ break-after: avoid }}
   img, tr {{ break-inside: avoid }} .wide {{ overflow: visible }} th, td {{ padding: .1rem .4rem }} }}
-</style></head><body>
+</style></head><body><main>
 <h1>{title}</h1>
 {body}
-</body></html>
+</main></body></html>
 '''
 
 # %% ../nbs/07_evaluate.ipynb #5e3fa13d
@@ -808,7 +810,7 @@ def report_html(
 ) -> str:
     "The report as one HTML page that opens anywhere, without a network."
     data = report.data
-    sections = [('Result', _lead_html(report) + table_html(report.in_words(), 4)), *_where_it_fails(report)]
+    sections = [('Result', _lead_html(report) + _figures_html(report)), *_where_it_fails(report)]
     if log is not None:
         final = f'Losses and accuracy by epoch; {log["accuracy"].iloc[-1]:.1%} of validation right at the end'
         sections.append(('Training', figure_html(plot_log(log), final)))
@@ -824,6 +826,14 @@ def _lead_html(report: Report) -> str:
     return (f'<p>On {html.escape(report.title)} that it did not learn from, it names the '
             f'right class in <b>{accuracy.value:.1%}</b> of cases '
             f'(95% interval {accuracy.low:.1%} to {accuracy.high:.1%}).</p>')
+
+
+def _figures_html(report: Report) -> str:
+    "Each figure with what it says, its value and its interval."
+    rows = [f'<tr><td>{name.replace("_", " ")}<br><span class="note">{html.escape(say(name, e))}</span></td>'
+            f'<td><b>{e.value:.4f}</b><br>{e.low:.4f} to {e.high:.4f}</td></tr>' for name, e in report.metrics.items()]
+    head = '<tr><th scope="col">figure</th><th scope="col">value, 95% interval</th></tr>'
+    return f'<table class="figures"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
 # %% ../nbs/07_evaluate.ipynb #020dea0b
 def _where_it_fails(report: Report) -> list[tuple[str, str]]:

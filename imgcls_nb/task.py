@@ -18,7 +18,7 @@ from pathlib import Path
 from .run import InputError
 
 # %% ../nbs/00_task.ipynb #ad6dff76
-METRICS = ('accuracy', 'balanced_accuracy', 'f1_macro', 'auroc_macro')
+METRICS = ('accuracy', 'balanced_accuracy', 'precision_macro', 'f1_macro', 'mcc', 'auroc_macro')
 
 # %% ../nbs/00_task.ipynb #5497e984
 def _check_task(task: 'Task') -> None:

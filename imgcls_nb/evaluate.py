@@ -310,7 +310,7 @@ def matrix_intervals(
                    mcc=matthews)
     draws = [[figure(some) for figure in figures.values()]
              for some in resampled_matrices(targets, answers, classes, groups, repeats)]
-    return {name: spread_interval(figures[name](matrix), np.concatenate(drawn), -1.0 if name == 'mcc' else 0.0)
+    return {name: spread_interval(figures[name](matrix), np.concatenate(drawn), -float(name == 'mcc'))
             for name, drawn in zip(figures, zip(*draws))}
 
 # %% ../nbs/07_evaluate.ipynb #b88d6498
@@ -321,7 +321,8 @@ def share_interval(
     "The share of hits: Wilson's interval, or, for images in groups, one that draws whole groups."
     if groups is None: return wilson_interval(int(hits.sum()), len(hits))
     truth, answers = np.zeros(len(hits), int), (~hits).astype(int)
-    drawn = [_right(some).sum(-1) / some.sum((-2, -1)) for some in resampled_matrices(truth, answers, 2, groups)]
+    drawn = [_right(some).sum(-1) / some.sum((-2, -1))
+             for some in resampled_matrices(truth, answers, 2, groups)]
     return spread_interval(hits.mean(), np.concatenate(drawn))
 
 # %% ../nbs/07_evaluate.ipynb #e9a3dd38
@@ -352,7 +353,8 @@ def threshold_for_sensitivity(
 ) -> float:
     "The highest threshold that still finds the required share; an image at the threshold raises the alarm."
     _check_positive(positive, scores)
-    if not 0 < sensitivity <= 1: raise InputError(f'A sensitivity is above 0 and at most 1, not {sensitivity}.')
+    if not 0 < sensitivity <= 1:
+        raise InputError(f'A sensitivity is above 0 and at most 1, not {sensitivity}.')
     must_find = int(np.ceil(sensitivity * positive.sum() - 1e-9))
     return float(np.sort(scores[positive])[-must_find])
 
@@ -464,7 +466,7 @@ def in_top(
     probabilities: np.ndarray,  # `float [N, K]`
     k: int,  # how many classes may be named
 ) -> np.ndarray:  # `bool [N]`
-    "Whether the true class is among the `k` most probable; of equal ones the later class, as in scikit-learn."
+    "Whether the true class is among the `k` most probable; of equal ones the later, as in scikit-learn."
     best = np.argsort(probabilities, axis=1, kind='stable')[:, ::-1][:, :k]
     return (best == targets[:, None]).any(1)
 
@@ -543,7 +545,8 @@ def measure(
     found |= matrix_intervals(targets, answers, classes, groups)
     found |= dict(auroc_macro=auroc_interval(targets, probabilities, groups),
                   log_loss=Estimate(losses.value, max(0.0, losses.low), losses.high))
-    return {name: estimate for name, estimate in found.items() if np.isfinite([*vars(estimate).values()]).all()}
+    return {name: estimate for name, estimate in found.items()
+            if np.isfinite([*vars(estimate).values()]).all()}
 
 # %% ../nbs/07_evaluate.ipynb #7f4f7370
 def _check_probabilities(targets: np.ndarray, probabilities: np.ndarray) -> None:
@@ -568,7 +571,7 @@ IN_WORDS = dict(
     precision_macro='An answer that names an average class is right in {value:.1%} of cases.',
     f1_macro='Finding and being right in one figure, averaged over the classes; 1 is perfect.',
     mcc='Agreement with the truth beyond what the class sizes explain; 0 is chance, 1 is perfect.',
-    auroc_macro='An image of a class gets a higher probability for it than another image in {value:.2%} of pairs.',
+    auroc_macro='In {value:.2%} of pairs the image of a class gets a higher probability than the other.',
     log_loss='The true class gets a probability of {likely:.1%} (geometric mean); 0 is a perfect log loss.')
 
 
@@ -577,7 +580,8 @@ def say(
     estimate: Estimate,  # its value
 ) -> str:
     "What a figure says, as a sentence."
-    if name.startswith('top_'): return f'For {estimate.value:.1%} the right class is among the first {name[4]}.'
+    if name.startswith('top_'):
+        return f'For {estimate.value:.1%} the right class is among the first {name[4]}.'
     return IN_WORDS[name].format(value=estimate.value, likely=np.exp(-estimate.value))
 
 # %% ../nbs/07_evaluate.ipynb #ee5c9661
@@ -590,32 +594,35 @@ class Report:
     probabilities: np.ndarray  # `float32 [N, K]`
     metrics: dict[str, Estimate] = field(default_factory=dict)  # filled in from the two
 
-    def __post_init__(self): self.metrics = self.metrics or measure(self.targets, self.probabilities, self.groups)
+    def __post_init__(self):
+        self.metrics = self.metrics or measure(self.targets, self.probabilities, self.groups)
 
     @property
     def answers(self) -> np.ndarray: return self.probabilities.argmax(1)
 
     @property
     def groups(self) -> np.ndarray | None:
-        "`[N]`: what belongs together; an image without a group stands alone. None if the table has no groups."
+        "`[N]`: what belongs together; an image without a group stands alone. None where there are none."
         if 'group' not in self.data.items: return None
         named = self.data.items['group'].iloc[self.rows].replace('', None)
         if named.isna().all(): return None
         return np.where(named.isna(), [f'row {row}' for row in self.rows], 'group ' + named.astype(str))
 
-    @property
-    def split(self) -> str:
-        "Which split the images belong to: train, valid or test."
-        return self.data.items['split'].iloc[self.rows[0]]
-
-    @property
-    def title(self) -> str:
-        "How many images of which split, and in how many groups."
-        groups = '' if self.groups is None else f' in {len(set(self.groups)):,} groups'
-        return f'{len(self.targets):,} {self.split} images{groups}'
-
     def confusion(self) -> np.ndarray:
         return confusion_matrix(self.targets, self.answers, len(self.data.classes))
+
+# %% ../nbs/07_evaluate.ipynb #ee5c9664
+@patch(as_prop=True)
+def split(self: Report) -> str:
+    "Which split the images belong to: train, valid or test."
+    return self.data.items['split'].iloc[self.rows[0]]
+
+
+@patch(as_prop=True)
+def title(self: Report) -> str:
+    "How many images of which split, and in how many groups."
+    groups = '' if self.groups is None else f' in {len(set(self.groups)):,} groups'
+    return f'{len(self.targets):,} {self.split} images{groups}'
 
 # %% ../nbs/07_evaluate.ipynb #ee5c9662
 @patch
@@ -665,7 +672,8 @@ def __repr__(self: Report) -> str: return f'{self.title}\n{self.table().to_strin
 @patch
 def in_words(self: Report) -> pd.DataFrame:
     "The table with what each figure says."
-    return self.table().assign(**{'in words': [say(name, estimate) for name, estimate in self.metrics.items()]})
+    words = [say(name, estimate) for name, estimate in self.metrics.items()]
+    return self.table().assign(**{'in words': words})
 
 
 @patch
@@ -705,7 +713,8 @@ def show_worst(
     columns: int = 8,  # images in a row
 ) -> plt.Figure:
     "The worst mistakes and the least sure answers: true class → answer, and how sure it was."
-    return show_answers(report, report.worst(count), 'Lowest probability for the true class (true → answer)', columns)
+    heading = 'Lowest probability for the true class (true → answer)'
+    return show_answers(report, report.worst(count), heading, columns)
 
 # %% ../nbs/07_evaluate.ipynb #aec0d3be
 def _worst_title(report: Report, i: int) -> str:
@@ -831,7 +840,8 @@ def _lead_html(report: Report) -> str:
 def _figures_html(report: Report) -> str:
     "Each figure with what it says, its value and its interval."
     rows = [f'<tr><td>{name.replace("_", " ")}<br><span class="note">{html.escape(say(name, e))}</span></td>'
-            f'<td><b>{e.value:.4f}</b><br>{e.low:.4f} to {e.high:.4f}</td></tr>' for name, e in report.metrics.items()]
+            f'<td><b>{e.value:.4f}</b><br>{e.low:.4f} to {e.high:.4f}</td></tr>'
+            for name, e in report.metrics.items()]
     head = '<tr><th scope="col">figure</th><th scope="col">value, 95% interval</th></tr>'
     return f'<table class="figures"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
@@ -842,7 +852,8 @@ def _where_it_fails(report: Report) -> list[tuple[str, str]]:
     area = report.metrics.get('auroc_macro', 'not defined')
     precise = np.nanmean(average_precision_each(*pair))
     curves = [figure_html(plot_roc(*pair, names), f'ROC curves; mean area {area}'),
-              figure_html(plot_precision_recall(*pair, names), f'Precision-recall curves; mean area {precise:.4f}')]
+              figure_html(plot_precision_recall(*pair, names),
+                          f'Precision-recall curves; mean area {precise:.4f}')]
     return [('Mistakes', _mistakes_html(report)), ('Confusion matrix', _confusion_html(report)),
             ('ROC and precision-recall curves', ''.join(curves)),
             ('Each class, hardest first', table_html(_classes_in_text(report)))]
@@ -877,7 +888,7 @@ def _classes_in_text(report: Report) -> pd.DataFrame:
     table = table.sort_values('f1', kind='stable')
     def told(name): return [f'{v:.3f} ({low:.3f} to {high:.3f})' if v == v else '–' for v, low, high in
                             table[[name, f'{name} from', f'{name} to']].itertuples(index=False)]
-    return pd.DataFrame(dict(images=table['images'], **{name: told(name) for name in ('precision', 'recall', 'f1')}))
+    return table[['images']].assign(**{name: told(name) for name in ('precision', 'recall', 'f1')})
 
 # %% ../nbs/07_evaluate.ipynb #020dea0d
 def _set_aside_html(data: ImageSet) -> str:

@@ -145,7 +145,7 @@ def plot_reliability(
                   label='accuracy in each bin')
     axis.set(ylabel='share of answers that are right', ylim=(-0.02, 1.02),
              title=_reliability_title(table))
-    axis.legend(loc='upper left', fontsize=8)
+    axis.legend(fontsize=8)
     bars = counts.bar(table.confidence, table.images, 0.6 / bins, color='#56B4E9')
     counts.bar_label(bars, fontsize=7)
     counts.set(xlabel='confidence: the highest probability', ylabel='images', xlim=(-0.02, 1.04),
@@ -264,8 +264,8 @@ def plot_threshold(
     confidence, right = _confidence(targets, probabilities)
     accepted = confidence >= threshold
     figure, axis = plt.subplots(figsize=(6.4, 3), layout='constrained')
-    edges = np.linspace(min(confidence.min(), threshold, 0.99), 1, 31)
-    axis.hist([confidence[right], confidence[~right]], edges, stacked=True, color=['#56B4E9', '#D55E00'],
+    edges = np.linspace(min(confidence.min(), threshold, 0.99), 1, 21)
+    axis.hist([confidence[right], confidence[~right]], edges, color=['#0072B2', '#D55E00'],
               label=['right', 'wrong'])
     axis.axvspan(edges[0], threshold, color='0.85', zorder=0, label='not sure')
     axis.set(xlabel='confidence', ylabel='images (logarithmic)', yscale='log', xlim=(edges[0], 1), ylim=(0.5, None),

@@ -69,7 +69,7 @@ def print_table(rows: list[list[str]], heading: list[str], title: str = '') -> N
 
 # %% ../nbs/21_cli.ipynb #027eeee7
 def run_command(args: argparse.Namespace) -> int:
-    "`imgcls run SOURCE`: check, split, train, evaluate, export, compress, report."
+    "`imgcls run SOURCE`: check, split, train, evaluate, calibrate, export, compress, report."
     screen = Screen(quiet=args.json)
     from imgcls_nb.task import Task, machine
     earlier = _earlier(args) if args.resume else None
@@ -82,7 +82,7 @@ def run_command(args: argparse.Namespace) -> int:
         data = _prepare(run, data, args, screen)
         task = Task(data.classes, args.metric, args.target, args.latency_ms, args.size_mb)
         learn = _train(run, data, args, screen)
-        summary = _prove(run, data, learn, task, screen)
+        summary = _prove(run, data, learn, task, args.precision, screen)
         save_record(run, summary=summary)
     summary = dict(summary, seconds=run.record['seconds'])
     if args.json: print(json.dumps(summary, ensure_ascii=False))
@@ -106,6 +106,8 @@ def _check_options(args: argparse.Namespace) -> None:
     from imgcls_nb.balance import check_balance
     from imgcls_nb.models import check_architecture
     if args.arch: check_architecture(args.arch)
+    from imgcls_nb.calibrate import images_for_promise
+    if args.precision is not None: images_for_promise(args.precision)
     augmentations(args.augment or 'none'), mixing(args.mix), check_balance(args.balance)
 
 # %% ../nbs/21_cli.ipynb #b7e02d45
@@ -128,12 +130,21 @@ def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
         data = data.split(seed=args.seed)
         fingerprint = data.fingerprint()
         _check_unchanged(run, fingerprint)
+        _check_promise(len(data.where('valid')), args.precision)
         with whole_or_absent(run.items) as partial: data.table().to_csv(partial, index=False)
     save_record(run, data=dict(name=data.name, fingerprint=fingerprint, classes=list(data.classes),
                                images=len(data), set_aside=len(data.set_aside)),
                 findings=[finding.as_dict() for finding in findings])
     screen.say(f'{data.name}: {len(data):,} images of {len(data.classes)} classes, {_count_kinds(findings)}')
     return data
+
+
+def _check_promise(images: int, precision: float | None) -> None:
+    "Refuse, before the training, a precision that no validation split of this size could promise."
+    from imgcls_nb.calibrate import images_for_promise
+    if precision is None or images >= (fewest := images_for_promise(precision)): return
+    raise InputError(f'A precision of {precision:.4g} takes at least {fewest:,} validation images, all right, '
+                     f'and there are {images:,}. Require less with --precision, or collect more images.')
 
 
 def _count_kinds(findings) -> str:
@@ -207,21 +218,26 @@ def _minutes(seconds: float) -> str:
     return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} minutes'
 
 # %% ../nbs/21_cli.ipynb #5bfa8f8c
-def _prove(run: Run, data, learn, task, screen: Screen) -> dict:
-    "Evaluate, export, compress and report; the run's summary."
+def _prove(run: Run, data, learn, task, precision: float | None, screen: Screen) -> dict:
+    "Evaluate, calibrate, export, compress and report; the run's summary."
     import numpy as np
+    from imgcls_nb.calibrate import calibrate, calibration_sections, network_outputs
     from imgcls_nb.compress import compress
     from imgcls_nb.evaluate import evaluate
     from imgcls_nb.export import export
     with stage(run, 'evaluate'), screen.bar('evaluate'):
-        report = evaluate(learn)
+        raw, calibration = evaluate(learn), calibrate(learn, precision)
+        report = calibration.report(raw)
         with whole_or_absent(run.predictions) as partial, partial.open('wb') as file:
             np.savez_compressed(file, rows=report.rows, targets=report.targets,
                                 probabilities=report.probabilities, classes=np.array(data.classes))
         write_json(run.metrics, {name: asdict(estimate) for name, estimate in report.metrics.items()})
-    with stage(run, 'export'), screen.bar('export'): bundle = export(learn, report, run.bundle, task)
+    with stage(run, 'export'), screen.bar('export'): 
+        bundle = export(learn, raw, run.bundle, task, calibration)
     with stage(run, 'compress'), screen.bar('compress'): compression = compress(bundle, data)
-    with stage(run, 'report'), screen.bar('report'): _write_report(run, report, compression)
+    with stage(run, 'report'), screen.bar('report'):
+        doubts = calibration_sections(calibration, network_outputs(learn))
+        _write_report(run, report, compression, doubts)
     return _summary(run, report, compression, task)
 
 # %% ../nbs/21_cli.ipynb #ae815142
@@ -239,15 +255,15 @@ def _runtime_rows(compression) -> list[list[str]]:
             for name, r in runtimes.items()]
 
 
-def _write_report(run: Run, report, compression) -> None:
-    "`report.html`: the report with the table of runtimes in it."
+def _write_report(run: Run, report, compression, doubts: list[tuple[str, str]]) -> None:
+    "`report.html`: the report with what is known about its trust, and the table of runtimes, in it."
     import pandas as pd
     from imgcls_nb.evaluate import report_html, table_html
     table = pd.DataFrame(_runtime_rows(compression), columns=RUNTIME_HEADING).set_index('runtime')
     notes = ''.join(f'<p>{note}</p>' for note in compression.bundle.record.notes)
     hardware = compression.bundle.record.machine
     notes += f'<p class="note">Measured on {hardware["processor"]}, {hardware["cores"]} cores.</p>'
-    sections = [('Runtimes', table_html(table) + notes)]
+    sections = [*doubts, ('Runtimes', table_html(table) + notes)]
     write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
 
 # %% ../nbs/21_cli.ipynb #32a9c3a5
@@ -258,6 +274,9 @@ def _summary(run: Run, report, compression, task) -> dict:
     runtimes = compression.bundle.record.runtimes
     accuracy = report.metrics['accuracy']
     asked = requirements(task, values, runtimes['onnx'].latency_ms, runtimes['onnx'].bytes / 1e6)
+    record = compression.bundle.record
+    if (wanted := record.calibration.precision) is not None:
+        asked.append(_promised(wanted, runtimes['onnx'].decision))
     return dict(accuracy=accuracy.value, accuracy_ci=[accuracy.low, accuracy.high],
                 test_images=len(report.targets), run=str(run.folder),
                 metrics={name: asdict(estimate) for name, estimate in report.metrics.items()},
@@ -265,9 +284,30 @@ def _summary(run: Run, report, compression, task) -> dict:
                 runtimes={name: r.model_dump() for name, r in runtimes.items()},
                 int8=dict(kept=compression.kept, validation_loss=compression.loss,
                           **compression.runtime.model_dump()),
-                runtime_table=_runtime_rows(compression))
+                calibration=record.calibration.model_dump(), runtime_table=_runtime_rows(compression))
+
+
+def _promised(precision: float, decision):
+    "The precision that was asked for, beside the one that the validation split promises."
+    from imgcls_nb.task import Requirement
+    promise = decision.promise
+    return Requirement('precision of sure answers', precision, promise.low if promise else 0.0, promise is not None)
 
 # %% ../nbs/21_cli.ipynb #44b0ed31
+def _print_doubts(summary: dict) -> None:
+    "When the bundle says that it is not sure, and how often it did on the test split."
+    fitted, rows = summary['calibration'], []
+    for name, runtime in summary['runtimes'].items():
+        d = runtime['decision']
+        def text(value, form): return '–' if value is None else format(value, form)
+        rows.append([name, text(d['probability'], '.3f'), text(d['familiarity'], '.2f'),
+                     f'{d["sure"]["value"]:.1%}', text(d['precision'] and d['precision']['value'], '.1%')])
+    print_table(rows, ['not sure below', 'probability', 'familiarity', 'sure, test images', 'of these right'],
+                f'Calibration error {fitted["error_before"]:.3f}, with temperature {fitted["temperature"]:.2f} '
+                f'{fitted["error_after"]:.3f}')
+    if fitted['refusal']: print(fitted['refusal'])
+
+
 def _print_summary(run: Run, summary: dict) -> None:
     "The table a person reads, and what to type next."
     rows = [[name.replace('_', ' '), f'{m["value"]:.4f}', f'{m["low"]:.4f} to {m["high"]:.4f}']
@@ -277,6 +317,7 @@ def _print_summary(run: Run, summary: dict) -> None:
     if summary['requirements']:
         print_table([[r['name'], f'{r["required"]:g}', f'{r["measured"]:.4g}', 'yes' if r['met'] else 'NO']
                      for r in summary['requirements']], ['asked for', 'bound', 'measured', 'met'], 'The task')
+    _print_doubts(summary)
     print(f'Report: {summary["report"]}   ({summary["seconds"]:.0f} s in all)')
     print(f'Next:   imgcls serve {shlex.quote(summary["bundle"])}')
 
@@ -396,11 +437,12 @@ def predict_command(args: argparse.Namespace) -> int:
             print(f'imgcls: {path} {error}', file=sys.stderr)
             continue
         if args.json: _print_line(dict(image=path, **prediction.as_dict()))
-        else: rows.append([path, prediction.label, f'{prediction.probability:.1%}',
-                           ', '.join(f'{label} {p:.1%}' for label, p in prediction.top[1:])])
-        if args.sort_into: _copy_by_class(Path(path), Path(args.sort_into)/prediction.label)
+        else: rows.append([path, prediction.text, f'{prediction.probability:.1%}',
+                           ', '.join(f'{label} {p:.1%}' for label, p in prediction.top[1:]), prediction.reason or ''])
+        if args.sort_into:
+            _copy_by_class(Path(path), Path(args.sort_into)/_folder_for(prediction, predictor.classes))
     if count == 0: raise InputError(f'No images in {", ".join(args.images)}.')
-    if rows: print_table(rows, ['image', 'label', 'probability', 'next'])
+    if rows: print_table(rows, ['image', 'label', 'probability', 'next', 'why not sure'])
     return 1 if failed else 0
 
 
@@ -409,6 +451,14 @@ def _print_line(value: dict) -> None:
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 # %% ../nbs/21_cli.ipynb #9311375f
+def _folder_for(prediction, classes: tuple[str, ...]) -> str:
+    "The class, or `not sure`; with a _ at its end if a class has that name already."
+    if prediction.sure: return prediction.label
+    name = 'not sure'
+    while name in classes: name += '_'
+    return name
+
+
 def _copy_by_class(path: Path, folder: Path) -> None:
     "Copy a file into a folder; a name that is taken gets a number."
     folder.mkdir(parents=True, exist_ok=True)
@@ -439,7 +489,7 @@ def _add_source(p: argparse.ArgumentParser, **options) -> None:
 def _add_run(commands) -> None:
     "Options of `imgcls run`."
     examples = 'examples:\n  imgcls run digits\n  imgcls run photos --epochs 5 --target 0.95 --strict'
-    p = commands.add_parser('run', help='check, split, train, evaluate, export, compress, report',
+    p = commands.add_parser('run', help='check, split, train, evaluate, calibrate, export, compress, report',
                             formatter_class=_Format, epilog=examples)
     _add_source(p, nargs='?')
     p.add_argument('--resume', metavar='RUN', help='go on with a run that was cut off, with its own options')
@@ -466,6 +516,8 @@ def _add_result(p: argparse.ArgumentParser) -> None:
     p.add_argument('--metric', default='accuracy',
                    help='or balanced_accuracy, precision_macro, f1_macro, mcc, auroc_macro')
     p.add_argument('--target', type=float, help='the least value of the metric that will do, such as 0.98')
+    p.add_argument('--precision', type=float, help='say "not sure" as often as it takes to promise that this share '
+                                                   'of the other answers is right, such as 0.98')
     p.add_argument('--latency-ms', type=float, help='the longest acceptable median time for one image')
     p.add_argument('--size-mb', type=float, help='the largest acceptable model file')
     p.add_argument('--strict', action='store_true', help='end with exit code 1 if the task is not met')
@@ -523,7 +575,7 @@ def _add_predict(commands) -> None:
     p.add_argument('images', nargs='+', help='files, folders, or - to read paths from standard input')
     p.add_argument('--top', type=_positive, default=3, help='how many classes to name')
     p.add_argument('--runtime', default='onnx', help='onnx or onnx-int8')
-    p.add_argument('--sort-into', metavar='FOLDER', help='copy each image into FOLDER/CLASS')
+    p.add_argument('--sort-into', metavar='FOLDER', help='copy each image into FOLDER/CLASS, or into "FOLDER/not sure"')
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
     p.set_defaults(command=predict_command)
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 from onnxruntime.quantization import (CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType,
                                       quantize_static)
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from .bundle import Bundle, Runtime, add_note, add_runtime, open_session, run_session
+from .bundle import Bundle, Runtime, add_note, add_runtime, open_session, run_outputs, run_session
+from .calibrate import Promise, Thresholds, choose_thresholds
 from .data import ImageSet
 from .export import measure_runtime
 from .image import Preprocessing
@@ -57,6 +59,25 @@ class PixelReader(CalibrationDataReader):
         return None if image is None else {'pixels': image}
 
 # %% ../nbs/10_compress.ipynb #315f1cea
+def _upstream(graph: onnx.GraphProto, output: str) -> set[str]:
+    "The names of all nodes that an output is computed from."
+    makers = {name: node for node in graph.node for name in node.output}
+    found, waiting = set(), [output]
+    while waiting:
+        node = makers.get(waiting.pop())
+        if node is None or node.name in found: continue
+        found.add(node.name)
+        waiting += node.input
+    return found
+
+
+def _familiarity_alone(path: Path) -> list[str]:
+    "The nodes that only the familiarity needs: 8 bits are too few for sums of squares."
+    graph = onnx.load(path).graph
+    if all(port.name != 'familiarity' for port in graph.output): return []
+    return sorted(_upstream(graph, 'familiarity') - _upstream(graph, 'probabilities'))
+
+# %% ../nbs/10_compress.ipynb #ca300001
 def _quantize_file(source: Path, target: Path, pixels: np.ndarray, reduce_range: bool) -> None:
     "ONNX Runtime's static quantisation from one file to another."
     level = logging.root.level
@@ -64,7 +85,8 @@ def _quantize_file(source: Path, target: Path, pixels: np.ndarray, reduce_range:
     try:
         quantize_static(str(source), str(target), PixelReader(pixels), quant_format=QuantFormat.QDQ,
                         per_channel=True, reduce_range=reduce_range, weight_type=QuantType.QInt8,
-                        activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax)
+                        activation_type=QuantType.QUInt8, calibrate_method=CalibrationMethod.MinMax,
+                        nodes_to_exclude=_familiarity_alone(source))
     finally: logging.root.setLevel(level)
 
 
@@ -88,7 +110,7 @@ class Compression:
     bundle: Bundle  # with the new runtime, if it was kept
     runtime: Runtime  # as measured on the test split
     loss: float  # accuracy lost on the validation split, as a share
-    kept: bool  # whether the loss was within the budget
+    kept: bool  # whether the loss was within the budget, and a promised precision can still be promised
 
 
 def _accuracy_lost(source: bytes, small: bytes, data: ImageSet, preprocessing: Preprocessing) -> float:
@@ -98,6 +120,18 @@ def _accuracy_lost(source: bytes, small: bytes, data: ImageSet, preprocessing: P
     before, after = [(run_session(open_session(model), pixels).argmax(1) == targets).mean()
                      for model in (source, small)]
     return float(before - after)
+
+
+def _own_thresholds(bundle: Bundle, small: bytes, data: ImageSet) -> tuple[Thresholds | None, Promise | None]:
+    "When the smaller model is not sure: chosen anew on the validation split, as for the larger one."
+    decision = bundle.record.runtimes['onnx'].decision
+    if decision is None: return None, None
+    rows, promise = data.where('valid'), decision.promise
+    outputs = run_outputs(open_session(small), data.pixels(rows, bundle.preprocessing))
+    familiarity = None if decision.familiarity is None else outputs['familiarity']
+    asked = dict(precision=promise.required, confidence=promise.confidence) if promise else {}
+    return choose_thresholds(data.targets(rows), outputs['probabilities'], familiarity,
+                             turned_away=bundle.record.calibration.turned_away, **asked)
 
 
 def _check_data(bundle: Bundle, data: ImageSet) -> None:
@@ -122,9 +156,11 @@ def compress(
     rows = data.where('test')
     pixels = data.pixels(rows, p)
     expected = run_session(open_session(source), pixels)  # proven equal to the trained model
-    runtime = measure_runtime('model.int8.onnx', small, pixels, expected, data.targets(rows))
-    if loss <= budget:
-        return Compression(add_runtime(bundle, 'onnx-int8', runtime, small), runtime, loss, True)
-    note = (f'INT8 was refused: it loses {loss:.1%} of accuracy on the validation split '
-            f'(allowed: {budget:.1%}).')
-    return Compression(add_note(bundle, note), runtime, loss, False)
+    limits, refusal = (None, None), ''
+    try: limits = _own_thresholds(bundle, small, data)
+    except InputError as error: refusal = str(error)
+    runtime = measure_runtime('model.int8.onnx', small, pixels, expected, data.targets(rows), *limits)
+    if loss > budget:
+        refusal = f'it loses {loss:.1%} of accuracy on the validation split (allowed: {budget:.1%}).'
+    if not refusal: return Compression(add_runtime(bundle, 'onnx-int8', runtime, small), runtime, loss, True)
+    return Compression(add_note(bundle, f'INT8 was refused: {refusal}'), runtime, loss, False)

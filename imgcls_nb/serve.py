@@ -104,7 +104,7 @@ def answer(
     predictor: Predictor,  # runs the bundle
     image: bytes,  # as it was sent
     limits: Limits,  # what to refuse
-) -> dict:  # label, probability, top, runtime, milliseconds; always in this order
+) -> dict:  # label, probability, sure, reason, top, runtime, milliseconds; always in this order
     "The answer to one request, or a `Refusal` that says why there is none."
     start = time.perf_counter()
     try: prediction = predictor(image, limits=limits)
@@ -198,7 +198,7 @@ _STYLE += '''
 .bars li:first-child b { font-weight: 600; }
 .track { grid-column: 1 / -1; background: var(--track); border-radius: 5px; height: .6rem; overflow: hidden; }
 .fill { background: var(--accent); height: 100%; min-width: 2px; }
-.error { color: var(--error); margin: 0; } #answer p { margin: 0; }
+.error { color: var(--error); margin: 0; } .doubt::before { content: "? "; color: var(--accent); } #answer p { margin: 0; }
 details { margin-top: 1.5rem; } summary { cursor: pointer; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem;
   overflow: auto; }
@@ -223,8 +223,14 @@ function bar(one) {
   const name = make('span', '', one.label), figure = make('b', '', percent(one.probability));
   return make('li', '', name, figure, make('div', 'track', fill));
 }
+function verdict(found) {
+  if (found.sure) return [make('h2', '', found.label)];
+  const why = found.reason === 'low probability' ? 'No class is probable enough for a sure answer.'
+    : 'This picture is unlike those that the classifier was trained on.';
+  return [make('h2', 'doubt', 'Not sure'), make('p', '', why + ' Perhaps it is ' + found.label + '.')];
+}
 function draw(found) {
-  answer.replaceChildren(make('h2', '', found.label), make('ul', 'bars', ...found.top.map(bar)),
+  answer.replaceChildren(...verdict(found), make('ul', 'bars', ...found.top.map(bar)),
     make('small', '', found.milliseconds + ' ms in the service, runtime ' + found.runtime));
   result.scrollIntoView({ block: 'nearest' });
 }

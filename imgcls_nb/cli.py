@@ -221,7 +221,7 @@ def _prove(run: Run, data, learn, task, screen: Screen) -> dict:
         write_json(run.metrics, {name: asdict(estimate) for name, estimate in report.metrics.items()})
     with stage(run, 'export'), screen.bar('export'): bundle = export(learn, report, run.bundle, task)
     with stage(run, 'compress'), screen.bar('compress'): compression = compress(bundle, data)
-    with stage(run, 'report'), screen.bar('report'): _write_report(run, report, compression)
+    with stage(run, 'report'), screen.bar('report'): _write_report(run, report, compression, learn)
     return _summary(run, report, compression, task)
 
 # %% ../nbs/21_cli.ipynb #ae815142
@@ -239,7 +239,7 @@ def _runtime_rows(compression) -> list[list[str]]:
             for name, r in runtimes.items()]
 
 
-def _write_report(run: Run, report, compression) -> None:
+def _write_report(run: Run, report, compression, learn) -> None:
     "`report.html`: the report with the table of runtimes in it."
     import pandas as pd
     from imgcls_nb.evaluate import report_html, table_html
@@ -247,8 +247,14 @@ def _write_report(run: Run, report, compression) -> None:
     notes = ''.join(f'<p>{note}</p>' for note in compression.bundle.record.notes)
     hardware = compression.bundle.record.machine
     notes += f'<p class="note">Measured on {hardware["processor"]}, {hardware["cores"]} cores.</p>'
-    sections = [('Runtimes', table_html(table) + notes)]
+    sections = [('Runtimes', table_html(table) + notes), *_insight_sections(report, learn)]
     write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
+
+# %% ../nbs/21_cli.ipynb #insight1
+def _insight_sections(report, learn) -> list[tuple[str, str]]:
+    "Sections of the report about where the classifier fails."
+    from imgcls_nb.slices import slice_sections
+    return slice_sections(report)
 
 # %% ../nbs/21_cli.ipynb #32a9c3a5
 def _summary(run: Run, report, compression, task) -> dict:

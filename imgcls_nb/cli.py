@@ -232,12 +232,12 @@ def _prove(run: Run, data, learn, task, precision: float | None, screen: Screen)
             np.savez_compressed(file, rows=report.rows, targets=report.targets,
                                 probabilities=report.probabilities, classes=np.array(data.classes))
         write_json(run.metrics, {name: asdict(estimate) for name, estimate in report.metrics.items()})
-    with stage(run, 'export'), screen.bar('export'): 
+    with stage(run, 'export'), screen.bar('export'):
         bundle = export(learn, raw, run.bundle, task, calibration)
     with stage(run, 'compress'), screen.bar('compress'): compression = compress(bundle, data)
     with stage(run, 'report'), screen.bar('report'):
-        doubts = calibration_sections(calibration, network_outputs(learn))
-        _write_report(run, report, compression, doubts)
+        more = [*calibration_sections(calibration, network_outputs(learn)), *_insight_sections(report, learn)]
+        _write_report(run, report, compression, more)
     return _summary(run, report, compression, task)
 
 # %% ../nbs/21_cli.ipynb #ae815142
@@ -255,16 +255,22 @@ def _runtime_rows(compression) -> list[list[str]]:
             for name, r in runtimes.items()]
 
 
-def _write_report(run: Run, report, compression, doubts: list[tuple[str, str]]) -> None:
-    "`report.html`: the report with what is known about its trust, and the table of runtimes, in it."
+def _write_report(run: Run, report, compression, more: list[tuple[str, str]]) -> None:
+    "`report.html`: the report with more sections, and the table of runtimes, in it."
     import pandas as pd
     from imgcls_nb.evaluate import report_html, table_html
     table = pd.DataFrame(_runtime_rows(compression), columns=RUNTIME_HEADING).set_index('runtime')
     notes = ''.join(f'<p>{note}</p>' for note in compression.bundle.record.notes)
     hardware = compression.bundle.record.machine
     notes += f'<p class="note">Measured on {hardware["processor"]}, {hardware["cores"]} cores.</p>'
-    sections = [*doubts, ('Runtimes', table_html(table) + notes)]
+    sections = [*more, ('Runtimes', table_html(table) + notes)]
     write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
+
+# %% ../nbs/21_cli.ipynb #insight1
+def _insight_sections(report, learn) -> list[tuple[str, str]]:
+    "Sections of the report about where the classifier fails."
+    from imgcls_nb.slices import slice_sections
+    return slice_sections(report)
 
 # %% ../nbs/21_cli.ipynb #32a9c3a5
 def _summary(run: Run, report, compression, task) -> dict:

@@ -132,7 +132,7 @@ def heat_maps(
     heat = F.interpolate(heat, pixels.shape[1:3], mode='bilinear') if heat.shape[2:] != x.shape[2:] else heat
     return heat[:, 0].cpu().numpy()
 
-
+# %% ../nbs/07d_explain.ipynb #method1
 def _method(model: nn.Module, p: Preprocessing, method: str | Callable, layer: str | None) -> Callable:
     "A function of input and class numbers."
     if callable(method): return lambda x, targets: method(model, x, targets)

@@ -268,9 +268,10 @@ def _write_report(run: Run, report, compression, more: list[tuple[str, str]]) ->
 
 # %% ../nbs/21_cli.ipynb #insight1
 def _insight_sections(report, learn) -> list[tuple[str, str]]:
-    "Sections of the report about where the classifier fails."
+    "Sections of the report about where the classifier fails, and what it looks at."
+    from imgcls_nb.explain import explanation_sections
     from imgcls_nb.slices import slice_sections
-    return slice_sections(report)
+    return [*slice_sections(report), *explanation_sections(learn, report)]
 
 # %% ../nbs/21_cli.ipynb #32a9c3a5
 def _summary(run: Run, report, compression, task) -> dict:

@@ -596,13 +596,13 @@ def slice_sections(
     try: found = find_slices(report)
     except InputError: return _robustness_sections(measured)  # too few images, or all alike
     findings = found.findings()
-    note = (f'<p>{found}: their accuracy differs from the rest by more than luck ({found.correction}, '
-            f'{found.level:.0%} for all slices together).</p>')
+    note = (f'<p>{found}: the accuracy differs from that of the rest by more than luck, corrected for the '
+            'number of slices. A slice says where, not why.</p>')
     figure = figure_html(plot_slices(found), f'Accuracy by slice. {_slices_title(found)}')
     if len(findings) and findings.index[0] == 0 and findings['difference'].iloc[0] < 0:
         figure += figure_html(show_slice(report, found), f'Pictures of the slice that differs most: '
                               f'{found.table["fact"][0]} {found.table["slice"][0]}')
-    table = table_html(found.table.head(12).set_index('fact'))
+    table = table_html(found.table.drop(columns=['at least', 'at most', 'p']).head(12).set_index('fact'))
     return [('Where it fails: slices', note + figure + table), *_robustness_sections(measured)]
 
 

@@ -244,3 +244,14 @@ def test_sections_go_into_the_report(tested):
 def test_any_size(width, height, kind, strength, grey):
     pixels = np.random.default_rng(width).integers(0, 256, (height, width) if grey else (height, width, 3), np.uint8)
     assert corrupt(pixels, kind, strength).shape == pixels.shape
+
+
+@pytest.mark.slow
+def test_robustness_of_an_exported_model(digits_run):
+    "A bundle's predictor is measured as a learner is; at strength 0 it is what the run has reported."
+    from imgcls_nb.bundle import load_bundle
+    predictor, data = load_bundle(digits_run['bundle']).predictor(), digits().split()
+    found = robustness(predictor.probabilities, data, data.where('test'), predictor.preprocessing, ['rotation', 'haze'], [1, 5])
+    assert found.clean.mean() == digits_run['accuracy']
+    grid = found.grid()
+    assert grid.loc['haze', 5] < 0.5 < 0.9 < grid.loc['rotation', 1]

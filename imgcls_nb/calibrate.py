@@ -275,13 +275,13 @@ def plot_threshold(
     accepted = confidence >= threshold
     figure, axis = plt.subplots(figsize=(6.4, 3), layout='constrained')
     edges = np.linspace(min(confidence.min(), threshold, 0.99), 1, 21)
-    axis.hist([confidence[right], confidence[~right]], edges, color=['#0072B2', '#D55E00'],
-              label=['right', 'wrong'])
+    counts, *_ = axis.hist([confidence[right], confidence[~right]], edges, color=['#0072B2', '#D55E00'],
+                           label=['right', 'wrong'])
     axis.axvspan(edges[0], threshold, color='0.85', zorder=0, label='not sure')
     axis.set(xlabel='confidence', ylabel='images (logarithmic)', yscale='log', xlim=(edges[0], 1),
-             ylim=(0.5, None),
+             ylim=(0.5, 5 * np.max(counts)),
              title=_threshold_title(int(right[accepted].sum()), int(accepted.sum()), len(right)))
-    axis.legend(loc='upper left', fontsize=8)
+    axis.legend(loc='upper left', ncols=3, fontsize=8)
     plt.close(figure)
     return figure
 

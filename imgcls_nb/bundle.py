@@ -62,7 +62,7 @@ def run_outputs(
     session: ort.InferenceSession,  # from `open_session`
     pixels: np.ndarray,  # `uint8 [N, H, W, C]`, at least one image
     batch_size: int = 64,  # images at a time, which bounds the memory
-) -> dict[str, np.ndarray]:  # `probabilities` `float32 [N, K]`, and `familiarity` `[N]` where the graph has it
+) -> dict[str, np.ndarray]:  # `probabilities` `[N, K]`, and `familiarity` `[N]` where the graph has it
     "Everything that a graph gives for prepared pixels."
     names = [port.name for port in session.get_outputs()]
     parts = [session.run(names, {'pixels': pixels[i:i + batch_size]})
@@ -197,7 +197,7 @@ class BundleRecord(Record):
     versions: dict[str, str]  # of Python and the packages
     machine: dict[str, JsonValue]  # what the latencies were measured on
     runtimes: dict[str, Runtime] = Field(min_length=1)
-    calibration: CalibrationRecord | None = None  # none where nobody fitted one, as in every bundle of format 1
+    calibration: CalibrationRecord | None = None  # none in a bundle of format 1
     notes: list[str] = Field(default_factory=list)  # what a person should know: a runtime that was refused
     checksums: dict[str, Annotated[str, Field(pattern='^[0-9a-f]{64}$')]]  # SHA-256 of every other file
 
@@ -254,13 +254,14 @@ def _runtimes_table(record: BundleRecord) -> list[str]:
         for name, r in record.runtimes.items()])
 
 # %% ../nbs/08_bundle.ipynb #ca100004
-def _calibration_facts(c: CalibrationRecord) -> list[str]:
-    "What was fitted, as a list."
-    lines = [f'- Temperature {c.temperature:.3g}, fitted on {c.images:,} validation images. Calibration error on '
-             f'the test split: {c.error_before:.4f} before, {c.error_after:.4f} after; luck alone gives up to '
-             f'{c.error_by_chance:.4f}.',
-             f'- "unlike the training images": less familiar than all but {c.turned_away:.3g} of the '
-             'validation images, as a share.']
+def _calibration_facts(c: CalibrationRecord, familiarity: bool) -> list[str]:
+    "What was fitted, as a list; the second fact depends on whether the graph says how familiar an image is."
+    lines = [f'- Temperature {c.temperature:.3g}, fitted on {c.images:,} validation images. Calibration '
+             f'error on the test split: {c.error_before:.4f} before, {c.error_after:.4f} after; luck alone '
+             f'gives up to {c.error_by_chance:.4f}.',
+             '- "unlike the training images": ' + (
+                 f'farther from every class than {100 * (1 - c.turned_away):.4g}% of the validation images.'
+                 if familiarity else 'never, since this network gives no features to tell it by.')]
     if c.precision is None: return [*lines, '- "low probability": no precision was asked for.']
     if c.refusal: return [*lines, f'- "low probability": {c.precision:.4g} precision was asked for and is '
                                   f'**not** promised. {plain(c.refusal)}']
@@ -272,16 +273,19 @@ def _decisions_table(record: BundleRecord) -> list[str]:
     def number(value, form): return '–' if value is None else format(value, form)
     def figure(f): return '–' if f is None else f'{f.value:.1%} ({f.low:.1%} to {f.high:.1%})'
     def evidence(p): return '–' if p is None else f'{p.right} of {p.accepted} right, at least {p.low:.1%}'
-    header = ['runtime', 'probability from', 'familiarity from', 'on validation', 'sure, test split', 'right of these']
+    header = ['runtime', 'probability from', 'familiarity from', 'on validation', 'sure, test split',
+              'right of these']
     return _table(header, [
-        (name, number(d.probability, '.4f'), number(d.familiarity, '.3f'), evidence(d.promise), figure(d.sure),
-         figure(d.precision)) for name, r in record.runtimes.items() if (d := r.decision)])
+        (name, number(d.probability, '.4f'), number(d.familiarity, '.3f'), evidence(d.promise),
+         figure(d.sure), figure(d.precision)) for name, r in record.runtimes.items() if (d := r.decision)])
 
 
 def _doubts(record: BundleRecord) -> list[str]:
     "When the classifier says that it is not sure."
     if record.calibration is None: return ['Never: no calibration was fitted.']
-    return [*_calibration_facts(record.calibration), '', *_decisions_table(record)]
+    decisions = [runtime.decision for runtime in record.runtimes.values()]
+    familiarity = any(d is not None and d.familiarity is not None for d in decisions)
+    return [*_calibration_facts(record.calibration, familiarity), '', *_decisions_table(record)]
 
 # %% ../nbs/08_bundle.ipynb #f59600cc
 def _card_body(record: BundleRecord) -> str:
@@ -486,10 +490,11 @@ class Prediction:
 
     def as_dict(self) -> dict:
         "The answer as JSON would have it."
-        return dict(label=self.label, probability=round(self.probability, 6), sure=self.sure, reason=self.reason,
+        return dict(label=self.label, probability=round(self.probability, 6), sure=self.sure,
+                    reason=self.reason,
                     top=[dict(label=label, probability=round(p, 6)) for label, p in self.top])
 
-
+# %% ../nbs/08_bundle.ipynb #ca100005
 def _doubt(decision: Decision | None, probability: float, familiarity: float | None) -> str | None:
     "Why an answer is not sure; what is no number reaches no threshold."
     if decision is None: return None
@@ -528,7 +533,7 @@ class Predictor:
 def outputs(
     self: Predictor,  # an open bundle
     pixels: np.ndarray,  # `uint8 [N, H, W, C]`, at least one image
-) -> dict[str, np.ndarray]:  # `probabilities` `float32 [N, K]`, and `familiarity` `[N]` where the graph has it
+) -> dict[str, np.ndarray]:  # `probabilities` `[N, K]`, and `familiarity` `[N]` where the graph has it
     "Everything that the graph gives for pixels that are already the right size."
     shape = (self.preprocessing.height, self.preprocessing.width, self.preprocessing.channels)
     if pixels.dtype != np.uint8 or pixels.shape[1:] != shape or not len(pixels):

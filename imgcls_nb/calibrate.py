@@ -57,6 +57,14 @@ def with_features(
             if child is last: setattr(module, name, _Tap(last))
     return model
 
+# %% ../nbs/07b_calibrate.ipynb #ff339055
+def _same_logits(plain: nn.Module, tapped: nn.Module, x: torch.Tensor, classes: int) -> bool:
+    "Whether what the tap adds comes after the logits; not so where the last linear layer is not the end."
+    try:
+        with torch.inference_mode(): expected, found = (model.cpu()(x.cpu()) for model in (plain, tapped))
+    except RuntimeError: return False  # the longer output does not fit what comes after it
+    return found.shape[1] > classes and torch.allclose(found[:, :classes], expected, rtol=1e-3, atol=1e-3)
+
 # %% ../nbs/07b_calibrate.ipynb #e71003c6
 @dataclass(frozen=True)
 class Outputs:
@@ -77,11 +85,12 @@ def network_outputs(
     if most and len(dataset) > most:
         rows = np.linspace(0, len(dataset) - 1, most).astype(int).tolist()
         loader = learn.dls.valid.new(dataset, bs=learn.dls.train.bs, get_idxs=lambda: rows, n=most)
-    tapped = with_features(learn.model, classes)
-    model = (tapped or deepcopy(learn.model).eval()).to(learn.dls.device)
+    plain, tapped = deepcopy(learn.model).eval(), with_features(learn.model, classes)
+    if tapped is not None and not _same_logits(plain, tapped, loader.one_batch()[0], classes): tapped = None
+    model = (tapped or plain).to(learn.dls.device)
     with torch.inference_mode(): parts = [(model(x).float().cpu(), y.cpu()) for x, y in loader]
     both, targets = (torch.cat(each).numpy() for each in zip(*parts))
-    features = both[:, classes:] if tapped is not None and both.shape[1] > classes else None
+    features = None if tapped is None else both[:, classes:]
     return Outputs(both[:, :classes], features, targets.astype(np.int64))
 
 # %% ../nbs/07b_calibrate.ipynb #d56d9853
@@ -125,7 +134,7 @@ def reliability_table(
     table = table.groupby('bin').agg(images=('right', 'size'), right=('right', 'sum'),
                                      confidence=('confidence', 'mean'))
     found = [wilson_interval(int(row.right), int(row.images)) for row in table.itertuples()]
-    accuracy = pd.DataFrame([vars(e) for e in found], table.index).set_axis(['accuracy', 'low', 'high'], axis=1)
+    accuracy = pd.DataFrame([vars(e) for e in found], table.index).rename(columns=dict(value='accuracy'))
     return table[['images', 'confidence']].join(accuracy)
 
 # %% ../nbs/07b_calibrate.ipynb #4abd11ec
@@ -245,7 +254,8 @@ def plot_risk_coverage(
     axis.step(100 * table.coverage, 100 * table.risk, where='post', color='#0072B2')
     if threshold is not None:
         kept = table[table.threshold >= threshold].tail(1)
-        axis.plot(100 * kept.coverage, 100 * kept.risk, 'o', color='#D55E00', label=f'threshold {threshold:.3f}')
+        axis.plot(100 * kept.coverage, 100 * kept.risk, 'o', color='#D55E00',
+                  label=f'threshold {threshold:.3f}')
         axis.legend()
     area = area_under_risk(targets, probabilities)
     axis.set(xlabel='images answered, % (coverage)', ylabel='of these, wrong, % (risk)', ylim=(0, None),
@@ -265,12 +275,13 @@ def plot_threshold(
     accepted = confidence >= threshold
     figure, axis = plt.subplots(figsize=(6.4, 3), layout='constrained')
     edges = np.linspace(min(confidence.min(), threshold, 0.99), 1, 21)
-    axis.hist([confidence[right], confidence[~right]], edges, color=['#0072B2', '#D55E00'],
-              label=['right', 'wrong'])
+    counts, *_ = axis.hist([confidence[right], confidence[~right]], edges, color=['#0072B2', '#D55E00'],
+                           label=['right', 'wrong'])
     axis.axvspan(edges[0], threshold, color='0.85', zorder=0, label='not sure')
-    axis.set(xlabel='confidence', ylabel='images (logarithmic)', yscale='log', xlim=(edges[0], 1), ylim=(0.5, None),
+    axis.set(xlabel='confidence', ylabel='images (logarithmic)', yscale='log', xlim=(edges[0], 1),
+             ylim=(0.5, 5 * np.max(counts)),
              title=_threshold_title(int(right[accepted].sum()), int(accepted.sum()), len(right)))
-    axis.legend(loc='upper left', fontsize=8)
+    axis.legend(loc='upper left', ncols=3, fontsize=8)
     plt.close(figure)
     return figure
 
@@ -290,8 +301,9 @@ def explore_threshold(
     threshold: float = 0.9,  # where the slider starts
 ) -> widgets.Widget:
     "A slider for the threshold, and what it does: coverage, precision, images turned away."
-    slider = widgets.FloatSlider(threshold, min=0, max=1, step=0.005, readout_format='.3f', description='threshold',
-                                 continuous_update=False, layout=widgets.Layout(width='30em'))
+    slider = widgets.FloatSlider(threshold, min=0, max=1, step=0.005, readout_format='.3f',
+                                 description='threshold', continuous_update=False,
+                                 layout=widgets.Layout(width='30em'))
     picture = widgets.Image(format='png')
 
     def draw(change=None):
@@ -341,10 +353,11 @@ def choose_threshold(
     confidence: float = 0.95,  # how often the promise is to be kept
 ) -> Promise:
     "The lowest threshold that can promise a precision, tested from strict to lax; refused if none can."
-    fewest, (certainty, right) = images_for_promise(precision, confidence), _confidence(targets, probabilities)
+    fewest = images_for_promise(precision, confidence)
+    certainty, right = _confidence(targets, probabilities)
     if len(right) < fewest:
-        raise InputError(f'No threshold can promise {precision:.1%} precision: that takes at least {fewest:,} '
-                         f'validation images, all right, and there are {len(right):,}. '
+        raise InputError(f'No threshold can promise {precision:.1%} precision: that takes at least '
+                         f'{fewest:,} validation images, all right, and there are {len(right):,}. '
                          'Collect more, or require less.')
     order = np.sort(certainty)[::-1]
     sizes = np.unique([*range(fewest, len(order), max(1, len(order) // 20)), len(order)])
@@ -355,8 +368,9 @@ def choose_threshold(
         if binom.sf(good - 1, count, precision) > 1 - confidence: break
         found = Promise(precision, float(threshold), len(order), count, good, confidence)
     if found: return found
-    raise InputError(f'No threshold can promise {precision:.1%} precision: even of the {count:,} surest answers '
-                     f'on the validation split, {count - good:,} are wrong. Require less, or train a better model.')
+    raise InputError(f'No threshold can promise {precision:.1%} precision: even of the {count:,} surest '
+                     f'answers on the validation split, {count - good:,} are wrong. Require less, or train '
+                     'a better model.')
 
 # %% ../nbs/07b_calibrate.ipynb #b534c5bb
 def logit_scores(
@@ -428,7 +442,8 @@ def separation(
     foreign: np.ndarray,  # scores of other images, `[M]`
 ) -> Separation:
     "AUROC, and the false positive rate at a true positive rate of 95%."
-    if not (len(known) and len(foreign)): raise InputError('Telling known from foreign images takes some of each.')
+    if not (len(known) and len(foreign)):
+        raise InputError('Telling known from foreign images takes some of each.')
     scores = np.concatenate([known, foreign])
     if not np.isfinite(scores).all(): raise InputError('Some scores are not numbers.')
     area = roc_auc_score(np.repeat([1, 0], [len(known), len(foreign)]), scores)
@@ -561,9 +576,9 @@ def calibration_sections(
                for name, picture in pictures.items()]
     chance = error_by_chance(scaled)
     text = (f'<p>Temperature {c.temperature:.3f}, fitted on {len(c.valid.targets):,} validation images. '
-            f'Calibration error on {len(targets):,} test images: {calibration_error(targets, raw):.4f} before, '
-            f'{calibration_error(targets, scaled):.4f} after. A network that is exactly as sure as it should be '
-            f'would show {chance.low:.4f} to {chance.high:.4f} on so many images.</p>')
+            f'Calibration error on {len(targets):,} test images: {calibration_error(targets, raw):.4f} '
+            f'before, {calibration_error(targets, scaled):.4f} after. A network that is exactly as sure as '
+            f'it should be would show {chance.low:.4f} to {chance.high:.4f} on so many images.</p>')
     return [('As sure as it should be?', text + ''.join(figures)),
             ('When it says not sure', _doubts_html(c, outputs, scaled))]
 
@@ -578,8 +593,7 @@ def _doubts_html(c: Calibration, outputs: Outputs, probabilities: np.ndarray) ->
     parts = [table_html(table.rename_axis('answer')), f'<p>{html.escape(_rule(c))}</p>']
     threshold = c.thresholds.probability
     curve = plot_risk_coverage(targets, probabilities, threshold)
-    parts.append(figure_html(curve, f'Risk by coverage: {area_under_risk(targets, probabilities):.2%} wrong on '
-                                    'average over all coverages'))
+    parts.append(figure_html(curve, f'Risk by coverage. {curve.axes[0].get_title()}'))
     if threshold is not None:
         picture = plot_threshold(targets, probabilities, threshold)
         parts.append(figure_html(picture, picture.axes[0].get_title().replace('\n', ' ')))

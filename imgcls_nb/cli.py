@@ -143,8 +143,9 @@ def _check_promise(images: int, precision: float | None) -> None:
     "Refuse, before the training, a precision that no validation split of this size could promise."
     from imgcls_nb.calibrate import images_for_promise
     if precision is None or images >= (fewest := images_for_promise(precision)): return
-    raise InputError(f'A precision of {precision:.4g} takes at least {fewest:,} validation images, all right, '
-                     f'and there are {images:,}. Require less with --precision, or collect more images.')
+    raise InputError(f'A precision of {precision:.4g} takes at least {fewest:,} validation images, all '
+                     f'right, and there are {images:,}. Require less with --precision, or collect '
+                     'more images.')
 
 
 def _count_kinds(findings) -> str:
@@ -298,7 +299,8 @@ def _promised(precision: float, decision):
     "The precision that was asked for, beside the one that the validation split promises."
     from imgcls_nb.task import Requirement
     promise = decision.promise
-    return Requirement('precision of sure answers', precision, promise.low if promise else 0.0, promise is not None)
+    low = promise.low if promise else 0.0
+    return Requirement('precision of sure answers', precision, low, promise is not None)
 
 # %% ../nbs/21_cli.ipynb #44b0ed31
 def _print_doubts(summary: dict) -> None:
@@ -310,8 +312,8 @@ def _print_doubts(summary: dict) -> None:
         rows.append([name, text(d['probability'], '.3f'), text(d['familiarity'], '.2f'),
                      f'{d["sure"]["value"]:.1%}', text(d['precision'] and d['precision']['value'], '.1%')])
     print_table(rows, ['not sure below', 'probability', 'familiarity', 'sure, test images', 'of these right'],
-                f'Calibration error {fitted["error_before"]:.3f}, with temperature {fitted["temperature"]:.2f} '
-                f'{fitted["error_after"]:.3f}')
+                f'Calibration error {fitted["error_before"]:.3f}, with temperature '
+                f'{fitted["temperature"]:.2f} {fitted["error_after"]:.3f}')
     if fitted['refusal']: print(fitted['refusal'])
 
 
@@ -445,7 +447,8 @@ def predict_command(args: argparse.Namespace) -> int:
             continue
         if args.json: _print_line(dict(image=path, **prediction.as_dict()))
         else: rows.append([path, prediction.text, f'{prediction.probability:.1%}',
-                           ', '.join(f'{label} {p:.1%}' for label, p in prediction.top[1:]), prediction.reason or ''])
+                           ', '.join(f'{label} {p:.1%}' for label, p in prediction.top[1:]),
+                           prediction.reason or ''])
         if args.sort_into:
             _copy_by_class(Path(path), Path(args.sort_into)/_folder_for(prediction, predictor.classes))
     if count == 0: raise InputError(f'No images in {", ".join(args.images)}.')
@@ -523,8 +526,9 @@ def _add_result(p: argparse.ArgumentParser) -> None:
     p.add_argument('--metric', default='accuracy',
                    help='or balanced_accuracy, precision_macro, f1_macro, mcc, auroc_macro')
     p.add_argument('--target', type=float, help='the least value of the metric that will do, such as 0.98')
-    p.add_argument('--precision', type=float, help='say "not sure" as often as it takes to promise that this share '
-                                                   'of the other answers is right, such as 0.98')
+    p.add_argument('--precision', type=float, metavar='SHARE',
+                   help='say "not sure" as often as it takes to promise that this share of the other answers '
+                        'is right, such as 0.98')
     p.add_argument('--latency-ms', type=float, help='the longest acceptable median time for one image')
     p.add_argument('--size-mb', type=float, help='the largest acceptable model file')
     p.add_argument('--strict', action='store_true', help='end with exit code 1 if the task is not met')
@@ -582,7 +586,8 @@ def _add_predict(commands) -> None:
     p.add_argument('images', nargs='+', help='files, folders, or - to read paths from standard input')
     p.add_argument('--top', type=_positive, default=3, help='how many classes to name')
     p.add_argument('--runtime', default='onnx', help='onnx or onnx-int8')
-    p.add_argument('--sort-into', metavar='FOLDER', help='copy each image into FOLDER/CLASS, or into "FOLDER/not sure"')
+    p.add_argument('--sort-into', metavar='FOLDER',
+                   help='copy each image into FOLDER/CLASS, or into "FOLDER/not sure"')
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
     p.set_defaults(command=predict_command)
 

@@ -122,6 +122,14 @@ def _accuracy_lost(source: bytes, small: bytes, data: ImageSet, preprocessing: P
     return float(before - after)
 
 
+def _check_data(bundle: Bundle, data: ImageSet) -> None:
+    "Raise `InputError` unless these are the images, labels and splits that the bundle was made with."
+    if 'digest' not in data.items or data.fingerprint() != bundle.record.data.get('fingerprint'):
+        raise InputError(f'{data.name} is not the data that this bundle was trained on, split as it was '
+                         'then: '
+                         'its fingerprint differs, so its test images may have been trained on.')
+
+# %% ../nbs/10_compress.ipynb #ca300002
 def _own_thresholds(bundle: Bundle, small: bytes, data: ImageSet) -> tuple[Thresholds | None, Promise | None]:
     "When the smaller model is not sure: chosen anew on the validation split, as for the larger one."
     decision = bundle.record.runtimes['onnx'].decision
@@ -132,14 +140,6 @@ def _own_thresholds(bundle: Bundle, small: bytes, data: ImageSet) -> tuple[Thres
     asked = dict(precision=promise.required, confidence=promise.confidence) if promise else {}
     return choose_thresholds(data.targets(rows), outputs['probabilities'], familiarity,
                              turned_away=bundle.record.calibration.turned_away, **asked)
-
-
-def _check_data(bundle: Bundle, data: ImageSet) -> None:
-    "Raise `InputError` unless these are the images, labels and splits that the bundle was made with."
-    if 'digest' not in data.items or data.fingerprint() != bundle.record.data.get('fingerprint'):
-        raise InputError(f'{data.name} is not the data that this bundle was trained on, split as it was '
-                         'then: '
-                         'its fingerprint differs, so its test images may have been trained on.')
 
 # %% ../nbs/10_compress.ipynb #66a8ad6a
 def compress(

@@ -25,8 +25,9 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from .bundle import (Bundle, BundleRecord, CalibrationRecord, Decision, Figure, Parity, PromiseRecord,
-                              Runtime, measure_latency, open_session, run_outputs, run_session, write_bundle)
+from .bundle import (Bundle, BundleRecord, CalibrationRecord, Decision, Figure, Parity,
+                              PromiseRecord, Runtime, measure_latency, open_session, run_outputs, run_session,
+                              write_bundle)
 from .calibrate import (Calibration, Promise, Thresholds, calibration_error, error_by_chance,
                                  with_features)
 from .data import SPLITS
@@ -161,8 +162,9 @@ def _prove_familiarity(whole: PixelsToProbabilities, pixels: np.ndarray, found: 
         parts = [whole(torch.from_numpy(pixels[i:i + 64]))[1] for i in range(0, len(pixels), 64)]
     expected = torch.cat(parts).numpy()
     if np.allclose(found, expected, rtol=1e-3, atol=1e-2): return
-    raise ExportError(f'The exported model finds {len(pixels)} held-out images more or less familiar than the '
-                      f'trained one, by up to {np.abs(found - expected).max():.2g}. No bundle was written.')
+    raise ExportError(f'The exported model finds {len(pixels)} held-out images more or less familiar than '
+                      f'the trained one, by up to {np.abs(found - expected).max():.2g}. '
+                      'No bundle was written.')
 
 # %% ../nbs/09_export.ipynb #ca200003
 def _decision(thresholds: Thresholds, promise: Promise | None, probabilities: np.ndarray,
@@ -244,7 +246,7 @@ def export(
     report: Report,  # from `evaluate(learn)`: held-out images and the trained model's answers
     folder: str | Path,  # where the bundle will be
     task: Task | None = None,  # what was asked for; the classes alone by default
-    calibration: Calibration | None = None,  # from `calibrate(learn)`; without it, no answer is ever "not sure"
+    calibration: Calibration | None = None,  # from `calibrate(learn)`; without it, every answer is sure
 ) -> Bundle:
     "Convert, prove on every test image, and write the bundle; a model that cannot be proven is not written."
     preprocessing = learn.dls[2].dataset.preprocessing

@@ -198,7 +198,9 @@ _STYLE += '''
 .bars li:first-child b { font-weight: 600; }
 .track { grid-column: 1 / -1; background: var(--track); border-radius: 5px; height: .6rem; overflow: hidden; }
 .fill { background: var(--accent); height: 100%; min-width: 2px; }
-.error { color: var(--error); margin: 0; } .doubt::before { content: "? "; color: var(--accent); } #answer p { margin: 0; }
+.error { color: var(--error); margin: 0; } 
+.doubt::before { content: "? "; color: var(--accent); } .doubt ~ .bars { opacity: .5; }
+#answer p { margin: 0; }
 details { margin-top: 1.5rem; } summary { cursor: pointer; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem;
   overflow: auto; }
@@ -223,11 +225,16 @@ function bar(one) {
   const name = make('span', '', one.label), figure = make('b', '', percent(one.probability));
   return make('li', '', name, figure, make('div', 'track', fill));
 }
+'''
+
+# %% ../nbs/11_serve.ipynb #ca700004
+_SCRIPT += '''
 function verdict(found) {
   if (found.sure) return [make('h2', '', found.label)];
-  const why = found.reason === 'low probability' ? 'No class is probable enough for a sure answer.'
-    : 'This picture is unlike those that the classifier was trained on.';
-  return [make('h2', 'doubt', 'Not sure'), make('p', '', why + ' Perhaps it is ' + found.label + '.')];
+  const why = found.reason === 'low probability'
+    ? 'No class is probable enough for a sure answer. Perhaps it is '
+    : 'This picture is unlike those that the classifier was trained on. If it is any of its classes, then ';
+  return [make('h2', 'doubt', 'Not sure'), make('p', '', why + found.label + '.')];
 }
 function draw(found) {
   answer.replaceChildren(...verdict(found), make('ul', 'bars', ...found.top.map(bar)),

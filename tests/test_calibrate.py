@@ -218,9 +218,29 @@ def test_outputs_are_those_of_the_model(learner):
     assert not any(isinstance(module, ca._Tap) for module in learner.model.modules())
 
 
-def test_a_network_without_a_linear_head(learner):
-    "A classifier that ends in a convolution has no features: temperature and promise work, familiarity does not."
-    assert ca.with_features(torch.nn.Conv2d(1, 10, 8), 10) is None
+class TwoHeads(torch.nn.Module):
+    "Two linear heads whose logits are averaged: the last layer's output is not the network's."
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.other = torch.nn.Flatten(), torch.nn.Linear(256, 10), torch.nn.Linear(256, 10)
+
+    def forward(self, x): return (self.one(self.body(x)) + self.other(self.body(x))) / 2
+
+
+@pytest.mark.parametrize('model', [TwoHeads(), torch.nn.Sequential(torch.nn.Conv2d(1, 10, 16), torch.nn.Flatten())])
+def test_a_network_without_a_linear_end(learner, model, tmp_path):
+    "It has no features to tell foreign images by; temperature and promise work all the same, and the card says so."
+    from fastai.learner import Learner
+    from imgcls_nb.evaluate import evaluate
+    from imgcls_nb.export import export
+    other = Learner(learner.dls, model.to(learner.dls.device), loss_func=learner.loss_func)
+    other.recipe = learner.recipe
+    assert ca.network_outputs(other).features is None
+    calibration = ca.calibrate(other)
+    assert calibration.familiarity is None and calibration.thresholds == ca.Thresholds()
+    bundle = export(other, evaluate(other), tmp_path/'bundle', None, calibration)
+    card = (bundle.folder/'README.md').read_text(encoding='utf-8')
+    assert '"unlike the training images": never' in card and bundle.record.runtimes['onnx'].decision.sure.value == 1
 
 
 @pytest.fixture(scope='module')

@@ -255,7 +255,7 @@ def export(
     measured = calibration.report(report) if calibration else report
     limits = (calibration.thresholds, calibration.promise) if calibration else (None, None)
     runtime = measure_runtime('model.onnx', data, pixels, measured.probabilities, report.targets, *limits)
-    prove(runtime.parity)
+    prove(runtime.parity, 1e-4 / min(1.0, calibration.temperature) if calibration else 1e-4)
     whole = _whole(learn.model, preprocessing, calibration)
     if isinstance(whole, PixelsToFamiliarity):
         _prove_familiarity(whole, pixels, run_outputs(open_session(data), pixels)['familiarity'])

@@ -1,4 +1,4 @@
-"""Eighteen faults, each with its figures, its cause, and code that mends it
+"""Eighteen faults of a training, each with its figures, its cause, and code that mends it
 
 Docs: https://imgcls.github.io/imgcls_nb/diagnose.html.md"""
 
@@ -77,7 +77,8 @@ def _gradient_sizes(weights: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     "Length and root mean square of each layer's gradient, and the share of its channels that get none."
     named = {name: p.grad for name, p in weights.items() if p.grad is not None}
     if not named: return {}
-    dead = torch.stack([(grad.flatten(1).abs().amax(1) == 0).float().mean() for grad in named.values()]).tolist()
+    zero = [grad.flatten(1).abs().amax(1) == 0 for grad in named.values()]
+    dead = torch.stack([channels.float().mean() for channels in zero]).tolist()
     return {name: [norm, norm / grad.numel()**0.5, share]
             for (name, grad), norm, share in zip(named.items(), _norms(list(named.values())), dead)}
 
@@ -103,7 +104,8 @@ def exam(
     for module, mode in modes.items(): module.training = mode
     y, logits = y.cpu().long(), logits.cpu()
     return dict(accuracy=float((logits.argmax(1) == y).float().mean()), targets=y.numpy(),
-                loss=float(torch.nn.functional.cross_entropy(logits, y)), probabilities=logits.softmax(1).numpy())
+                loss=float(torch.nn.functional.cross_entropy(logits, y)),
+                probabilities=logits.softmax(1).numpy())
 
 # %% ../nbs/12_diagnose.ipynb #d1a6000a
 class Watch(Callback):
@@ -123,14 +125,15 @@ class Watch(Callback):
         self.record.update(_loader_facts(self.learn), **_model_facts(_bare(self.model)))
 
     def before_train(self):
-        trainable = [p.numel() * p.requires_grad for p in self.model.parameters()]
-        self.record['frozen_share'] = 1 - sum(trainable) / max(1, sum(p.numel() for p in self.model.parameters()))
+        parameters = list(self.model.parameters())
+        learning = sum(p.numel() for p in parameters if p.requires_grad)
+        self.record['frozen_share'] = 1 - learning / max(1, sum(p.numel() for p in parameters))
         self.ended = time.perf_counter()
 
     def before_batch(self):
         if not self.training: return
         self.begun = time.perf_counter()
-        self.record['wait_s'] += self.begun - self.ended if self.record['steps'] else 0  # the first step warms up
+        if self.record['steps']: self.record['wait_s'] += self.begun - self.ended  # the first step warms up
         if self.record['steps'] % self.record['every'] == 0: self.outputs = _Outputs(_bare(self.model))
 
     def after_pred(self):
@@ -144,8 +147,9 @@ class Watch(Callback):
 def after_loss(self: Watch):
     if not self.training: return
     record, loss = self.record, float(self.loss.detach().mean())
-    if not np.isfinite(loss): record['diverged'] = dict(step=record['steps'], epoch=self.epoch + 1, loss=str(loss),
-                                                        learning_rate=float(self.opt.hypers[-1]['lr']))
+    if not np.isfinite(loss):
+        record['diverged'] = dict(step=record['steps'], epoch=self.epoch + 1, loss=str(loss),
+                                  learning_rate=float(self.opt.hypers[-1]['lr']))
     record['losses'].append(loss if np.isfinite(loss) else None)
 
 
@@ -156,15 +160,17 @@ def before_step(self: Watch):
     self.gradients = _gradient_sizes(weights)
     self.before = {name: weights[name].detach().clone() for name in self.gradients}
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a7100b
 @patch
 def after_step(self: Watch):
     if self.before is None: return
     weights = _weights(_bare(self.model))
     lengths = _norms(list(self.before.values()))
-    moved = _norms(torch._foreach_sub([weights[name].detach() for name in self.before], list(self.before.values())))
+    after = [weights[name].detach() for name in self.before]
+    moved = _norms(torch._foreach_sub(after, list(self.before.values())))
     updates = {name: a / (b + 1e-12) for name, a, b in zip(self.before, moved, lengths)}
-    sample = dict(step=self.record['steps'], learning_rate=float(self.opt.hypers[-1]['lr']), outputs=self.layers,
+    sample = dict(step=self.record['steps'], learning_rate=float(self.opt.hypers[-1]['lr']),
+                  outputs=self.layers,
                   gradients=self.gradients, updates=updates)
     self.record['samples'].append(_finite(sample))
     self.before = None
@@ -210,7 +216,8 @@ def _exams(learn: Learner, most: int) -> dict:
     "What a network knows of the images it has learned from, and of others."
     if not hasattr(learn.dls.train.dataset, 'batch'): return {}
     seen, unseen = exam(learn, 0, most), exam(learn, 1, most)
-    return _finite(dict(train_accuracy=seen['accuracy'], train_loss=seen['loss'], train_asked=len(seen['targets']),
+    return _finite(dict(train_accuracy=seen['accuracy'], train_loss=seen['loss'],
+                        train_asked=len(seen['targets']),
                         valid_accuracy=unseen['accuracy'], valid_loss=unseen['loss'],
                         valid_asked=len(unseen['targets'])))
 
@@ -239,9 +246,11 @@ def _loader_facts(learn: Learner) -> dict:
     return facts | dict(classes=len(train.dataset.vocab), images=len(labels), size=p.height,
                         counts=np.bincount(labels, minlength=len(train.dataset.vocab)).tolist(),
                         class_names=list(train.dataset.vocab), specified=[list(p.mean), list(p.std)],
-                        evaluation_random=not torch.allclose(first, second), recipe=getattr(learn, 'recipe', {}))
+                        kind=train.dataset.data.kind,
+                        evaluation_random=not torch.allclose(first, second),
+                        recipe=getattr(learn, 'recipe', {}))
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a7100e
 def _loader_batch_random(loader, seed: int) -> torch.Tensor:
     "A few evaluation images, prepared with the generators at `seed`."
     loader.after_batch.split_idx = getattr(loader.dataset, 'split_idx', None)
@@ -255,9 +264,8 @@ class Evidence:
     trained: bool = False  # whether there was a single step
     recipe: dict = field(default_factory=dict)  # architecture, rate, epochs, …, for the remedies
     classes: int | None = None
-    images: int | None = None  # in the training split
     counts: dict[str, int] = field(default_factory=dict)  # training images of each class
-    recalls: dict[str, float] = field(default_factory=dict)  # share found, of each class that has 3 held-out images
+    recalls: dict[str, float] = field(default_factory=dict)  # share found, of classes with 3 held-out images
     held_out: int = 0  # images that the recalls and the suspects are about
     train_losses: list[float] = field(default_factory=list)  # after each epoch
     valid_losses: list[float] = field(default_factory=list)
@@ -274,8 +282,7 @@ class Evidence:
     batch_norm: bool = False
     batch_size: int | None = None
     wait_share: float | None = None  # of a step's time, spent waiting for data
-    wait_ms: float | None = None
-    compute_ms: float | None = None
+    step_ms: tuple[float, float] = (0.0, 0.0)  # waiting and computing
     frozen_share: float | None = None  # of all weights, in the last epoch
     evaluation_training_layers: int = 0  # batch normalisations and dropouts left in training mode
     evaluation_random: bool = False  # the same image, prepared twice for evaluation, differs
@@ -285,11 +292,6 @@ class Evidence:
     latency_ms: float | None = None  # for one image
     latency_budget_ms: float = 100.0  # what a person still feels as at once
     not_seen: list[str] = field(default_factory=list)  # what could not be looked at, in words
-
-    @property
-    def chance(self) -> float:
-        "The accuracy of always naming the most frequent class."
-        return max(self.counts.values()) / sum(self.counts.values()) if self.counts else 1 / (self.classes or 2)
 
 # %% ../nbs/12_diagnose.ipynb #d1a60012
 @dataclass(frozen=True)
@@ -308,14 +310,16 @@ class Diagnosis:
 SEVERITIES = ('serious', 'warning', 'notice')
 
 
-def _again(e: Evidence, epochs: int | None = None, rate: float | None = None, before: str = '', **changes) -> str:
+def _again(e: Evidence, epochs: int | None = None, rate: float | None = None, before: str = '',
+           **changes) -> str:
     "The code of the same training with something changed."
     r = dict(architecture='small_cnn', pretrained=False, augment='none', seed=0) | e.recipe | changes
+    if 'architecture' in changes: r['pretrained'] = False
     known = ('architecture', 'pretrained', 'size', 'batch_size', 'augment', 'balance', 'seed')
     options = ', '.join(f'{name}={r[name]!r}' for name in known if name in r)
     epochs, rate = epochs or r.get('epochs') or 5, rate or r.get('learning_rate')
-    return (f'{before}learn = image_learner(data, {options})\n'
-            f'train(learn, {epochs}, learning_rate={rate or 0.01:.2g}, callbacks=(Watch(),))')
+    return (f'learn = image_learner(data, {options})\n'
+            f'train(learn, {epochs}, learning_rate={rate or 0.01:.2g}, callbacks=(Watch(){more},))')
 
 # %% ../nbs/12_diagnose.ipynb #d1a60014
 def rule_diverged(e: Evidence) -> Diagnosis | None:
@@ -323,7 +327,8 @@ def rule_diverged(e: Evidence) -> Diagnosis | None:
     if not e.diverged and not e.broken_tensors: return
     d, rate = e.diverged, e.diverged.get('learning_rate') or e.recipe.get('learning_rate') or 0.1
     where = f'the loss became {d["loss"]} at step {d["step"]}, learning rate {rate:.2g}; ' if d else ''
-    return Diagnosis('diverged', 'serious', 'The loss is no number any more, or the answers are all the same.',
+    return Diagnosis('diverged', 'serious',
+                     'The loss is no number any more, or the answers are all the same.',
                      f'{where}{e.broken_tensors} tensors of weights are not finite',
                      'A step was too long: the learning rate is too high, or an input is not finite.',
                      _again(e, rate=min(rate / 10, 0.01)), 'a loss that falls from the first epoch on', 3)
@@ -341,14 +346,15 @@ def rule_rate_too_high(e: Evidence) -> Diagnosis | None:
     jumps, long = peak > RATE_JUMP * first, (e.update_ratio or 0) > BIG_UPDATE
     if not (jumps and long) and not (e.update_ratio or 0) > 4 * BIG_UPDATE: return
     rate = e.recipe.get('learning_rate') or 0.1
-    return Diagnosis('learning rate too high', 'serious', 'The loss jumps up and comes down slowly, or not at all.',
+    return Diagnosis('learning rate too high', 'serious',
+                     'The loss jumps up and comes down late, or not at all.',
                      f'loss from {first:.2f} up to {peak:.2f}; a step moved the median layer by '
                      f'{e.update_ratio or 0:.0%} of its length, usual is below 5%',
                      'Each step is longer than the valley is wide.', _again(e, rate=min(0.01, rate / 10)),
                      'a smooth curve and a clearly lower loss', 3)
 
 # %% ../nbs/12_diagnose.ipynb #d1a60015
-SMALL_UPDATE = 1e-3  # of a layer's length at the schedule's highest rate; Adam at a good rate moves 0.005 to 0.1
+SMALL_UPDATE = 1e-3  # of a layer's length at the highest rate; at a good one Adam moves 0.005 to 0.1
 LITTLE_GAIN = 0.7  # a training that ends above this share of its first loss has learned little
 
 
@@ -369,27 +375,35 @@ def rule_rate_too_low(e: Evidence) -> Diagnosis | None:
 OVERFIT_GAP = 0.12  # of accuracy between seen and unseen images; a healthy small set shows up to 0.08
 OVERFIT_RISE = 1.5  # of the validation loss above its minimum
 
+# %% ../nbs/12_diagnose.ipynb #d1a71015
+def _chance(e: Evidence) -> float:
+    "The accuracy of always naming the most frequent class."
+    return max(e.counts.values()) / sum(e.counts.values()) if e.counts else 1 / (e.classes or 2)
+
 
 def rule_overfitting(e: Evidence) -> Diagnosis | None:
     "Knows what it has seen, and much less of what it has not."
     if e.train_accuracy is None or e.valid_accuracy is None: return
     gap = e.train_accuracy - e.valid_accuracy
-    if gap < OVERFIT_GAP or e.train_accuracy < e.chance + 0.3: return
+    if gap < OVERFIT_GAP or e.train_accuracy < _chance(e) + 0.3: return
     valid = [x for x in e.valid_losses if x is not None]
     rise = valid[-1] / max(1e-9, min(valid)) if valid else 1.0
-    kind = e.recipe.get('kind', 'digits') if e.recipe.get('augment', 'none') == 'none' else e.recipe['augment']
+    own = e.recipe.get('augment', 'none')
+    kind = e.recipe.get('kind', 'photos') if own == 'none' else own
     return Diagnosis('overfitting', 'serious' if gap > 2 * OVERFIT_GAP or rise > OVERFIT_RISE else 'warning',
                      'Good on the training images, much worse on others.',
                      f'accuracy {e.train_accuracy:.1%} on training images, {e.valid_accuracy:.1%} on others '
-                     f'(gap {gap:.1%}); validation loss {rise:.1f} times its minimum; {e.images} training images',
+                     f'(gap {gap:.1%}); validation loss {rise:.1f} times its minimum; '
+                     f'{sum(e.counts.values())} training images',
                      'Too few different images for this network: it learns them by heart.',
-                     _again(e, epochs=2 * (e.recipe.get('epochs') or 5), augment=kind, architecture='small_cnn'),
+                     _again(e, epochs=2 * (e.recipe.get('epochs') or 5), augment=kind,
+                            more=", *mixing('mixup')"),
                      'a smaller gap and a higher validation accuracy', 1)
 
 
 UNDERFIT = 0.8  # accuracy on the images it has learned from; below that it has not even learned those
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a72015
 def rule_underfitting(e: Evidence) -> Diagnosis | None:
     "Does not even know what it has seen."
     if e.train_accuracy is None or e.valid_accuracy is None or e.train_accuracy > UNDERFIT: return
@@ -425,16 +439,18 @@ def rule_exploding(e: Evidence) -> Diagnosis | None:
     return Diagnosis('exploding gradients', 'serious', 'The loss is huge or jumps by orders of magnitude.',
                      f'the gradient is {e.gradient_norm:.3g} long (median); usual is 0.1 to 10',
                      'Weights that begin too large, multiplied from layer to layer, without normalisation.',
-                     _again(e, architecture='small_cnn', rate=1e-2), 'a gradient below 10 and a smooth loss', 3)
+                     _again(e, architecture='small_cnn', rate=1e-2), 'a gradient below 10 and a smooth loss',
+                     3)
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a71017
 def rule_dead_units(e: Evidence) -> Diagnosis | None:
     "Channels that are zero for every image."
     if e.dead_share is None or e.dead_share < DEAD: return
     return Diagnosis('dead ReLUs', 'serious', 'A part of the network gives zero for every image.',
                      f'{e.dead_share:.0%} of the channels of {e.dead_layer} get no gradient from any image',
                      'Biases far below zero, from a bad start or from one step that was too long.',
-                     _again(e, rate=min(1e-2, e.recipe.get('learning_rate') or 1e-2)), 'fewer dead channels', 3)
+                     _again(e, rate=min(1e-2, e.recipe.get('learning_rate') or 1e-2)), 'fewer dead channels',
+                     3)
 
 
 def rule_frozen(e: Evidence) -> Diagnosis | None:
@@ -450,7 +466,7 @@ def rule_frozen(e: Evidence) -> Diagnosis | None:
 
 TINY_BATCH = 4  # images; statistics of that few are mostly noise (Wu and He, 2018)
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a72017
 def rule_tiny_batches(e: Evidence) -> Diagnosis | None:
     "Batch normalisation over a handful of images."
     if not e.batch_norm or e.batch_size is None or e.batch_size > TINY_BATCH: return
@@ -466,7 +482,8 @@ def rule_evaluation_mode(e: Evidence) -> Diagnosis | None:
     if not e.evaluation_training_layers and not e.evaluation_random: return
     what = (f'{e.evaluation_training_layers} layers are in training mode while evaluating'
             if e.evaluation_training_layers else 'the same validation image, prepared twice, differs')
-    return Diagnosis('evaluation as in training', 'serious', 'Validation figures change from one try to the next.',
+    return Diagnosis('evaluation as in training', 'serious',
+                     'Validation figures change from one try to the next.',
                      what, 'Dropout, batch statistics or augmentation are active where nothing is learned.',
                      _again(e), 'the same figure every time, usually a better one', 3)
 
@@ -485,20 +502,21 @@ def rule_normalization(e: Evidence) -> Diagnosis | None:
         shift, scale = np.abs(m - mean).max() / s.min(), np.abs(np.log(std / s)).max()
         if shift > NORMALIZATION_SHIFT or scale > NORMALIZATION_SHIFT:
             return Diagnosis('wrong normalisation', 'serious', 'Good in training, poor in use.',
-                             f'training takes mean {m.round(3).tolist()}, deviation {s.round(3).tolist()}; {place} '
-                             f'takes {mean.round(3).tolist()} and {std.round(3).tolist()}',
+                             f'training takes mean {m.round(3).tolist()}, deviation {s.round(3).tolist()}; '
+                             f'{place} takes {mean.round(3).tolist()} and {std.round(3).tolist()}',
                              'The pixels are scaled in another way where the network is used.',
                              _again(e), 'the same accuracy in both places', 3)
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a71019
 SLOW_INPUT = 0.6  # of a step's time; a loader that takes as long as the network costs half
 
 
 def rule_slow_input(e: Evidence) -> Diagnosis | None:
     "The network waits for its images."
     if e.wait_share is None or e.wait_share < SLOW_INPUT: return
-    return Diagnosis('slow input', 'serious' if e.wait_share > 0.8 else 'warning', 'The processor is idle half of the time.',
-                     f'{e.wait_ms:.1f} ms of waiting for {e.compute_ms:.1f} ms of computing in each step',
+    return Diagnosis('slow input', 'serious' if e.wait_share > 0.8 else 'warning',
+                     'The processor is often idle.',
+                     f'{e.step_ms[0]:.1f} ms of waiting for {e.step_ms[1]:.1f} ms of computing in each step',
                      'Opening, resizing or augmenting takes longer than learning.',
                      _again(e), 'the loader prepares whole batches in memory: less waiting', 3)
 
@@ -509,7 +527,8 @@ def rule_slow_inference(e: Evidence) -> Diagnosis | None:
     return Diagnosis('slow inference', 'serious', 'Answers come too late.',
                      f'{e.latency_ms:.1f} ms for one image, {e.latency_budget_ms:.1f} ms are allowed',
                      'The network is larger than the task needs, or its input is.',
-                     _again(e, architecture='small_cnn', pretrained=False, rate=1e-2), 'several times faster answers', 3)
+                     _again(e, architecture='small_cnn', pretrained=False, rate=1e-2),
+                     'several times faster answers', 3)
 
 # %% ../nbs/12_diagnose.ipynb #d1a6001a
 RARE = 8.0  # times more images in the largest class than in the smallest
@@ -527,16 +546,17 @@ def rule_imbalance(e: Evidence) -> Diagnosis | None:
     rare, common = (float(np.mean([e.recalls[n] for n in part])) for part in (known[:half], known[-half:]))
     gap = common - rare
     if gap < RECALL_GAP / 4: return
-    return Diagnosis('imbalance', 'serious' if gap > RECALL_GAP else 'warning', 'Rare classes are overlooked.',
-                     f'{order[-1]} has {ratio:.0f} times as many images as {order[0]}; {common:.0%} of the common '
-                     f'half of the classes are found, {rare:.0%} of the rare half',
+    return Diagnosis('imbalance', 'serious' if gap > RECALL_GAP else 'warning',
+                     'Rare classes are overlooked.',
+                     f'{order[-1]} has {ratio:.0f} times as many images as {order[0]}; found are '
+                     f'{common:.0%} of the common half of the classes, {rare:.0%} of the rare half',
                      'The loss counts images, so a class with few of them hardly counts.',
                      _again(e, balance='oversample'), 'more of the rare classes found', 2)
 
 
 SUSPECT_SHARE = 0.06  # of the held-out labels, doubted with conviction by a network that was not shown them
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a7101a
 def rule_label_noise(e: Evidence) -> Diagnosis | None:
     "Labels that a network doubts which has not seen them."
     share = (e.suspects or 0) / max(1, e.held_out)
@@ -548,8 +568,10 @@ def rule_label_noise(e: Evidence) -> Diagnosis | None:
     if found < 0.5 or knows < 0.5 or knows - found > OVERFIT_GAP: return  # its own doubts are worth little
     return Diagnosis('label noise', 'serious' if share > 2 * SUSPECT_SHARE else 'warning',
                      'Accuracy stays below what the pictures would allow.',
-                     f'{e.suspects} of {e.held_out} held-out labels ({share:.0%}) look wrong', 'Wrong labels.',
-                     'data = without_suspects(data)\n' + _again(e), 'less to learn by heart; fewer labels to doubt', 2)
+                     f'{e.suspects} of {e.held_out} held-out labels ({share:.0%}) look wrong',
+                     'Wrong labels.',
+                     'data = without_suspects(data)\n' + _again(e),
+                     'less to learn by heart; fewer labels to doubt', 2)
 
 
 def _data_rule(kind: str, name: str, symptom: str, cause: str, remedy: str, expect: str) -> Callable:
@@ -557,20 +579,24 @@ def _data_rule(kind: str, name: str, symptom: str, cause: str, remedy: str, expe
     def rule(e: Evidence) -> Diagnosis | None:
         count, example = e.findings.get(kind, (0, ''))
         if not count: return
-        severe = 'serious' if kind == 'shortcut' or count > LEAK_SHARE * (e.images or 1) else 'warning'
+        severe = 'serious' if kind == 'shortcut' or count > LEAK_SHARE * max(1,
+                                                                             sum(e.counts.values())) else 'warning'
         return Diagnosis(name, severe, symptom, f'{count} findings, such as: {example}', cause,
                          remedy + _again(e), expect, 3)
     return rule
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a7201a
 LEAK_SHARE = 0.01  # of the training images, from which on the test figure is no longer to be believed
-rule_leak = _data_rule('leak', 'leakage', 'Test figures that are too good.', 'The same picture stands in two splits.',
+rule_leak = _data_rule('leak', 'leakage', 'Test figures that are too good.',
+                       'The same picture stands in two splits.',
                        'data = unsplit(data).split()\n', 'a lower, true figure')
 rule_shortcut = _data_rule('shortcut', 'shortcut', 'Good here, poor on pictures from elsewhere.',
                            'Something beside the subject tells the class.', 'data = equal_light(data)\n',
                            'a lower, true figure')
-RULES = (rule_diverged, rule_rate_too_high, rule_rate_too_low, rule_overfitting, rule_underfitting, rule_vanishing,
-         rule_exploding, rule_dead_units, rule_frozen, rule_tiny_batches, rule_evaluation_mode, rule_normalization,
+RULES = (rule_diverged, rule_rate_too_high, rule_rate_too_low, rule_overfitting, rule_underfitting,
+         rule_vanishing,
+         rule_exploding, rule_dead_units, rule_frozen, rule_tiny_batches, rule_evaluation_mode,
+         rule_normalization,
          rule_slow_input, rule_slow_inference, rule_imbalance, rule_label_noise, rule_leak, rule_shortcut)
 
 # %% ../nbs/12_diagnose.ipynb #d1a6001c
@@ -601,7 +627,8 @@ def without_suspects(
     small = Preprocessing(8, 8, channels=1)
     features = data.pixels(np.arange(len(data)), small).reshape(len(data), -1) / 255
     found = suspect_labels(data, out_of_fold_probabilities(features, data.targets(np.arange(len(data)))))
-    doubted = data.items['image'].astype(str).isin({f.image for f in found}) & (data.items['split'] == 'train')
+    doubted = data.items['image'].astype(str).isin({f.image for f in found})
+    doubted &= data.items['split'] == 'train'
     return replace(data, items=data.items[~doubted].reset_index(drop=True))
 
 # %% ../nbs/12_diagnose.ipynb #d1a60021
@@ -609,19 +636,23 @@ def _from_watched(w: dict) -> dict:
     "The part of the evidence that comes from what `Watch` has noted."
     steps, samples = w.get('steps', 0), w.get('samples', [])
     busy, epochs = w.get('wait_s', 0) + w.get('compute_s', 0), w.get('epochs', [])
-    facts = {name: w[name] for name in ('classes', 'images', 'batch_norm', 'batch_size', 'frozen_share', 'broken_tensors',
-             'evaluation_training_layers', 'evaluation_random', 'train_accuracy', 'valid_accuracy') if name in w}
+    facts = {name: w[name] for name in ('classes', 'batch_norm', 'batch_size', 'frozen_share',
+                                        'broken_tensors',
+             'evaluation_training_layers', 'evaluation_random', 'train_accuracy',
+             'valid_accuracy') if name in w}
     counts = dict(zip(w.get('class_names', []), w.get('counts', [])))
-    timed = dict(wait_share=w['wait_s'] / busy, wait_ms=1000 * w['wait_s'] / steps,
-                 compute_ms=1000 * w['compute_s'] / steps) if steps > 3 and busy else {}
+    timed = dict(wait_share=w['wait_s'] / busy, step_ms=(1000 * w['wait_s'] / steps,
+                 1000 * w['compute_s'] / steps)) if steps > 3 and busy else {}
     places = dict(training=w.get('train_normalization'), evaluation=w.get('valid_normalization'),
                   specification=w.get('specified'))
     return facts | timed | _from_samples(samples) | dict(
-        trained=steps > 0, recipe=w.get('recipe', {}) | ({'size': w['size']} if 'size' in w else {}), counts=counts,
-        train_losses=[row.get('train_loss') for row in epochs], valid_losses=[row.get('valid_loss') for row in epochs],
+        trained=steps > 0,
+        recipe=w.get('recipe', {}) | {name: w[name] for name in ('size', 'kind') if name in w}, counts=counts,
+        train_losses=[row.get('train_loss') for row in epochs],
+        valid_losses=[row.get('valid_loss') for row in epochs],
         step_losses=w.get('losses', []), diverged=w.get('diverged', {}), normalizations=places)
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a71021
 def _from_samples(samples: list[dict]) -> dict:
     "Medians over the looks into the layers."
     if not samples: return {}
@@ -663,13 +694,16 @@ def _probe(learn: Learner) -> dict:
 def _watched(learn: Learner) -> dict:
     "What `Watch` has noted; without it, what fastai's Recorder and one batch can say."
     if hasattr(learn, 'watched'): return learn.watched | _model_facts(_bare(learn.model))
-    recorder, facts = getattr(learn, 'recorder', None), _loader_facts(learn) | _model_facts(_bare(learn.model))
+    recorder, facts = getattr(learn, 'recorder', None),
+    _loader_facts(learn) | _model_facts(_bare(learn.model))
     losses = [float(x) for x in getattr(recorder, 'losses', [])]
     rows = [dict(zip(('train_loss', 'valid_loss'), row)) for row in getattr(recorder, 'values', [])]
     broken = [i for i, x in enumerate(losses) if not np.isfinite(x)]
-    if broken: facts['diverged'] = dict(step=broken[0], epoch=None, loss=str(losses[broken[0]]), learning_rate=None)
+    if broken: facts['diverged'] = dict(step=broken[0], epoch=None, loss=str(losses[broken[0]]),
+                                        learning_rate=None)
     samples = [] if facts['broken_tensors'] else [_probe(learn)]
-    return facts | _finite(dict(steps=len(losses), losses=losses, epochs=rows, samples=[s for s in samples if s]))
+    return facts | _finite(dict(steps=len(losses), losses=losses, epochs=rows,
+                                samples=[s for s in samples if s]))
 
 # %% ../nbs/12_diagnose.ipynb #d1a60023
 def _judge(targets: np.ndarray, probabilities: np.ndarray, data: ImageSet) -> dict:
@@ -679,8 +713,7 @@ def _judge(targets: np.ndarray, probabilities: np.ndarray, data: ImageSet) -> di
     recalls = {str(names[k]): float((answers[targets == k] == k).mean())
                for k in np.unique(targets) if (targets == k).sum() >= 3}
     probabilities = np.clip(probabilities.astype(float), 0, 1)
-    sure = [f for f in suspect_labels(data, probabilities) if f]
-    return dict(recalls=recalls, held_out=len(targets), suspects=len(sure))
+    return dict(recalls=recalls, held_out=len(targets), suspects=len(suspect_labels(data, probabilities)))
 
 
 def observe(
@@ -692,10 +725,10 @@ def observe(
     if not known['trained'] and not known['broken_tensors']:
         return Evidence(**known | dict(not_seen=['it has not been trained yet']))
     if hasattr(learn.dls.train.dataset, 'data'): known |= _look_at(learn, broken=known['broken_tensors'])
-    unseen = [] if hasattr(learn, 'watched') else ['steps, waiting and updates: it was trained without Watch()']
+    unseen = [] if hasattr(learn, 'watched') else ['waiting and updates: it was trained without Watch()']
     return Evidence(**known | dict(latency_budget_ms=latency_ms, not_seen=unseen))
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a71023
 def _look_at(learn: Learner, broken: int) -> dict:
     "The data's own findings; and, if the network answers at all, exams and the time for one image."
     data = learn.dls.train.dataset.data
@@ -704,7 +737,8 @@ def _look_at(learn: Learner, broken: int) -> dict:
     asked = exam(learn, 1, 10_000)
     held = replace(data, items=data.items.iloc[learn.dls.valid.dataset.rows].reset_index(drop=True))
     return found | _judge(asked['targets'], asked['probabilities'], held) | dict(
-        train_accuracy=exam(learn, 0, 2_000)['accuracy'], valid_accuracy=asked['accuracy'], latency_ms=_one_image(learn))
+        train_accuracy=exam(learn, 0, 2_000)['accuracy'], valid_accuracy=asked['accuracy'],
+        latency_ms=_one_image(learn))
 
 
 def _one_image(learn: Learner) -> float:
@@ -718,12 +752,13 @@ def _one_image(learn: Learner) -> float:
             seconds.append(time.perf_counter() - start)
     return 1000 * float(np.median(seconds[2:]))
 
-
+# %% ../nbs/12_diagnose.ipynb #d1a72023
 def _count_findings(findings) -> dict[str, list]:
     "How many of each kind that a rule asks for, and one in words; findings as objects or as dictionaries."
     rows = [f if isinstance(f, dict) else f.as_dict() for f in findings]
-    return {kind: [len(group), f'{group[0]["image"]} {group[0]["evidence"]}'] for kind in ('leak', 'near_leak', 'shortcut')
-            if (group := [row for row in rows if row['kind'] == kind])}
+    kinds = {kind: [row for row in rows if row['kind'] == kind] for kind in ('leak', 'near_leak', 'shortcut')}
+    return {kind: [len(group), f'{group[0]["image"]} {group[0]["evidence"]}'] for kind,
+            group in kinds.items() if group}
 
 # %% ../nbs/12_diagnose.ipynb #d1a60025
 class Diagnoses(list):
@@ -740,7 +775,8 @@ class Diagnoses(list):
     def _repr_html_(self) -> str:
         notes = f'<p>Not looked at: {escape("; ".join(self.not_seen))}.</p>' if self.not_seen else ''
         if not self: return f'<p>Nothing wrong found.</p>{notes}'
-        rows = [dict(found=d.name, how=d.severity, evidence=d.evidence, cause=d.cause, expect=d.expect) for d in self]
+        rows = [dict(found=d.name, how=d.severity, evidence=d.evidence, cause=d.cause,
+                     expect=d.expect) for d in self]
         with pd.option_context('display.max_colwidth', None): table = pd.DataFrame(rows).to_html(index=False)
         return f'{table}<pre># the first remedy\n{escape(self[0].remedy)}</pre>{notes}'
 
@@ -762,7 +798,10 @@ def _read_part(path: Path, read: Callable, missing: list[str]):
     try: return read(path)
     except FileNotFoundError: missing.append(f'{path.name} is not there')
     except (OSError, ValueError, KeyError, InputError) as error:
-        missing.append(f'{path.name} cannot be read ({str(error).splitlines()[0] if str(error) else "empty"})')
+        missing.append(f'{path.name} cannot be read ({" ".join(str(error).split())[:80]})')
+
+
+def _read_json(path: Path): return json.loads(path.read_text(encoding='utf-8'))
 
 
 def observe_run(
@@ -770,7 +809,7 @@ def observe_run(
 ) -> Evidence:
     "Gather all that a run's folder tells, without training again."
     run, missing = folder if isinstance(folder, Run) else open_run(folder), []
-    watched = _read_part(run.folder/'diagnostics.json', lambda p: json.loads(p.read_text(encoding='utf-8')), missing)
+    watched = _read_part(run.folder/'diagnostics.json', _read_json, missing)
     log = _read_part(run.log, pd.read_csv, missing)
     known = _from_watched(watched if isinstance(watched, dict) else _from_log(log, run.record))
     known['recipe'] = known['recipe'] | run.record.get('recipe', {})
@@ -778,25 +817,26 @@ def observe_run(
     known |= dict(latency_budget_ms=budget, findings=_count_findings(run.record.get('findings', [])))
     table = _read_part(run.items, lambda p: pd.read_csv(p, dtype=str, keep_default_na=False), missing)
     if table is not None: known |= _from_tables(run, table, missing)
-    bundle = _read_part(run.bundle/'bundle.json', lambda p: json.loads(p.read_text(encoding='utf-8')), missing)
+    bundle = _read_part(run.bundle/'bundle.json', _read_json, missing)
     if bundle: _add_bundle(known, bundle)
     state = run.record.get('state')
-    if state != 'finished': missing.append(f'the run is {state or "without a state"}' + (
-        f' ({run.record["error"]})' if 'error' in run.record else ''))
+    why = f' ({run.record["error"]})' if 'error' in run.record else ''
+    if state != 'finished': missing.append(f'the run is {state or "without a state"}{why}')
     return Evidence(**known | dict(not_seen=missing))
 
 # %% ../nbs/12_diagnose.ipynb #d1a60028
 def _from_log(log: pd.DataFrame | None, record: dict) -> dict:
     "What an old run without diagnostics still tells."
     rows = [] if log is None else log.to_dict('records')
-    return _finite(dict(steps=len(rows), epochs=rows, classes=len(record.get('data', {}).get('classes', [])) or None))
+    classes = len(record.get('data', {}).get('classes', [])) or None
+    return _finite(dict(steps=len(rows), epochs=rows, classes=classes))
 
 
 def _from_tables(run: Run, table: pd.DataFrame, missing: list[str]) -> dict:
     "Class sizes, copies across splits, and what the test answers say."
     kept = table[table['set_aside'] == ''] if 'set_aside' in table else table
     train = kept[kept['split'] == 'train'] if 'split' in kept else kept
-    found = dict(counts={str(k): int(n) for k, n in train['label'].value_counts().items()}, images=len(train))
+    found = dict(counts={str(k): int(n) for k, n in train['label'].value_counts().items()})
     def answers(path):
         with np.load(path, allow_pickle=False) as parts: return {name: parts[name] for name in parts.files}
     kept = _read_part(run.predictions, answers, missing)

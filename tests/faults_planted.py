@@ -1,7 +1,9 @@
 """Eighteen faults, each planted on purpose in a small training, and trainings without a fault.
 
-    python tests/faults_planted.py digits      # or textures: every fault, and what the doctor says first
+    python tests/faults_planted.py digits      # or textures: every fault, and what the doctor says first; or healthy
 """
+import contextlib
+import io
 import sys
 import time
 import warnings
@@ -16,9 +18,10 @@ from fastai.optimizer import SGD
 from fastai.vision.augment import Normalize, aug_transforms
 from torch import nn
 
+import imgcls_nb.all
 from imgcls_nb.balance import long_tail
 from imgcls_nb.data import ImageSet, digits, textures
-from imgcls_nb.diagnose import Watch, diagnose
+from imgcls_nb.diagnose import Watch, diagnose, observe
 from imgcls_nb.models import ResNet, conv_block
 from imgcls_nb.train import TrainingError, image_learner, train
 
@@ -182,15 +185,74 @@ FAULTS = {'overfitting': overfitting, 'underfitting': underfitting, 'learning ra
 BUDGET_MS = {'slow inference': 1.0}  # what the planted slow network cannot keep, and small_cnn can
 
 
+def two_classes(data: ImageSet) -> ImageSet:
+    "The first two classes alone."
+    kept = data.items['label'].isin(data.classes[:2])
+    return replace(data, items=data.items[kept].reset_index(drop=True), classes=data.classes[:2])
+
+
+def pretrained(data: ImageSet):
+    learn = image_learner(fewer(data, 300), 'tf_efficientnet_lite0', size=64, batch_size=16, augment='none', device='cpu')
+    return fit(learn, 2, 2e-3)
+
+
+DIGITS, TEXTURES = SETTINGS['digits'], SETTINGS['textures']
+HEALTHY = {
+    'digits, seed 0': lambda: fit(learner(DIGITS, DIGITS.data()), 6),
+    'digits, seed 1': lambda: fit(learner(DIGITS, DIGITS.data(), seed=1), 6),
+    'digits, seed 2, augmented': lambda: fit(learner(DIGITS, DIGITS.data(), seed=2, augment='digits', batch_size=64), 12),
+    'digits, simple_cnn': lambda: fit(image_learner(DIGITS.data(), 'simple_cnn', size=8, augment='none', device='cpu'), 12, 3e-3),
+    'digits, lenet': lambda: fit(image_learner(DIGITS.data(), 'lenet', size=16, augment='none', device='cpu'), 12, 3e-3),
+    'digits, mildly imbalanced': lambda: fit(learner(DIGITS, long_tail(DIGITS.data(), 4)), 10),
+    'digits, two classes': lambda: fit(learner(DIGITS, two_classes(DIGITS.data())), 8),
+    'textures, small_cnn': lambda: fit(learner(replace(TEXTURES, network=None, size=32), TEXTURES.data()), 8),
+    'textures, small ResNet': lambda: fit(learner(TEXTURES, TEXTURES.data()), 8),
+    'textures, pretrained': lambda: pretrained(TEXTURES.data())}
+
+
 def plant(name: str, setting: str):
     "Train with one fault: the learner, and what the doctor says."
     learn = FAULTS[name](SETTINGS[setting])
     return learn, diagnose(learn, BUDGET_MS.get(name, 100.0))
 
 
+REMEDIES = {'overfitting': 'gap', 'underfitting': 'accuracy', 'learning rate too high': 'accuracy',
+            'learning rate too low': 'accuracy', 'diverged': 'accuracy', 'vanishing gradients': 'accuracy',
+            'exploding gradients': 'accuracy', 'dead ReLUs': 'dead', 'slow input': 'wait', 'imbalance': 'balanced accuracy',
+            'wrong normalisation': 'accuracy', 'frozen layers': 'accuracy', 'slow inference': 'latency'}  # and what each should change
+LESS_IS_BETTER = 'gap', 'dead', 'wait', 'latency'
+
+
+def figure(learn, what: str) -> float:
+    "The figure that a remedy should change."
+    e = observe(learn)
+    return {'accuracy': e.valid_accuracy or 0.0, 'gap': (e.train_accuracy or 0) - (e.valid_accuracy or 0), 'dead': e.dead_share,
+            'wait': e.step_ms[0], 'latency': e.latency_ms, 'balanced accuracy': np.mean(list(e.recalls.values()) or [0])}[what]
+
+
+def mend(name: str, setting: str) -> dict:
+    "Plant a fault, run the remedy as it is printed, and measure before and after."
+    (learn, found), what = plant(name, setting), REMEDIES[name]
+    space = dict(vars(imgcls_nb.all), learn=learn, data=learn.dls.train.dataset.data)
+    remedy = next(d.remedy for d in found if d.name == name)
+    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()): exec(remedy, space)
+    before, after = figure(learn, what), figure(space['learn'], what)
+    return dict(fault=name, figure=what, before=before, after=after, better=bool(after < before if what in LESS_IS_BETTER else after > before))
+
+
 def main() -> None:
     warnings.simplefilter('ignore')
     setting, *names = sys.argv[1:]
+    if setting == 'remedies':
+        for name in names or REMEDIES: print(mend(name, 'digits'), flush=True)
+        return
+    if setting == 'healthy':
+        for name in names or HEALTHY:
+            start, learn = time.perf_counter(), HEALTHY[name]()
+            found = diagnose(learn)
+            print(f'{"BAD " if found.serious else "ok  "} {name:30} {time.perf_counter() - start:5.1f} s, valid '
+                  f'{learn.watched["valid_accuracy"]:.1%} {[(d.name, d.severity, d.evidence) for d in found]}', flush=True)
+        return
     for name in names or FAULTS:
         start = time.perf_counter()
         learn, found = plant(name, setting)

@@ -310,7 +310,7 @@ class Diagnosis:
 SEVERITIES = ('serious', 'warning', 'notice')
 
 
-def _again(e: Evidence, epochs: int | None = None, rate: float | None = None, before: str = '',
+def _again(e: Evidence, epochs: int | None = None, rate: float | None = None, more: str = '',
            **changes) -> str:
     "The code of the same training with something changed."
     r = dict(architecture='small_cnn', pretrained=False, augment='none', seed=0) | e.recipe | changes
@@ -368,7 +368,8 @@ def rule_rate_too_low(e: Evidence) -> Diagnosis | None:
     return Diagnosis('learning rate too low', 'serious', 'The loss hardly moves.',
                      f'loss from {first:.2f} to {last:.2f}; a step moved the median layer by '
                      f'{e.update_ratio:.4%} of its length, usual is about 1%',
-                     'Each step is too short for the number of steps.', _again(e, rate=min(1e-2, rate * 100)),
+                     'Each step is too short for the number of steps.',
+                     _again(e, rate=min(1e-2, max(2e-3, rate * 100))),
                      'the loss falls in the first epoch', 2)
 
 
@@ -694,8 +695,8 @@ def _probe(learn: Learner) -> dict:
 def _watched(learn: Learner) -> dict:
     "What `Watch` has noted; without it, what fastai's Recorder and one batch can say."
     if hasattr(learn, 'watched'): return learn.watched | _model_facts(_bare(learn.model))
-    recorder, facts = getattr(learn, 'recorder', None),
-    _loader_facts(learn) | _model_facts(_bare(learn.model))
+    recorder = getattr(learn, 'recorder', None)
+    facts = _loader_facts(learn) | _model_facts(_bare(learn.model))
     losses = [float(x) for x in getattr(recorder, 'losses', [])]
     rows = [dict(zip(('train_loss', 'valid_loss'), row)) for row in getattr(recorder, 'values', [])]
     broken = [i for i, x in enumerate(losses) if not np.isfinite(x)]

@@ -227,7 +227,7 @@ def figure(learn, what: str) -> float:
     "The figure that a remedy should change."
     e = observe(learn)
     return {'accuracy': e.valid_accuracy or 0.0, 'gap': (e.train_accuracy or 0) - (e.valid_accuracy or 0), 'dead': e.dead_share,
-            'wait': e.step_ms[0], 'latency': e.latency_ms, 'balanced accuracy': np.mean(list(e.recalls.values()) or [0])}[what]
+            'wait': e.step_ms[0], 'latency': e.latency_ms, 'balanced accuracy': float(np.mean(list(e.recalls.values()) or [0]))}[what]
 
 
 def mend(name: str, setting: str) -> dict:
@@ -235,8 +235,9 @@ def mend(name: str, setting: str) -> dict:
     (learn, found), what = plant(name, setting), REMEDIES[name]
     space = dict(vars(imgcls_nb.all), learn=learn, data=learn.dls.train.dataset.data)
     remedy = next(d.remedy for d in found if d.name == name)
+    before = figure(learn, what)
     with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()): exec(remedy, space)
-    before, after = figure(learn, what), figure(space['learn'], what)
+    after = figure(space['learn'], what)
     return dict(fault=name, figure=what, before=before, after=after, better=bool(after < before if what in LESS_IS_BETTER else after > before))
 
 

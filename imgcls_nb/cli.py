@@ -526,7 +526,8 @@ def doctor_command(args: argparse.Namespace) -> int:
         print(json.dumps(found.as_dict(), ensure_ascii=False))
         return 0
     rows = [[d.name, d.severity, d.evidence, d.cause, d.expect] for d in found]
-    if rows: print_table(rows, ['found', 'how', 'evidence', 'cause', 'to expect'], f'What went wrong in {args.run}')
+    heading = ['found', 'how', 'evidence', 'cause', 'to expect']
+    if rows: print_table(rows, heading, f'What went wrong in {args.run}')
     else: print('Nothing wrong found.')
     for d in found: print(f'# against {d.name}\n{d.remedy}\n')
     if found.not_seen: print(f'Not looked at: {"; ".join(found.not_seen)}.')
@@ -589,7 +590,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_predict, _add_serve): add(commands)
+    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_predict, _add_serve):
+        add(commands)
     return parser
 
 # %% ../nbs/21_cli.ipynb #db873264

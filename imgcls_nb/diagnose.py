@@ -580,8 +580,8 @@ def _data_rule(kind: str, name: str, symptom: str, cause: str, remedy: str, expe
     def rule(e: Evidence) -> Diagnosis | None:
         count, example = e.findings.get(kind, (0, ''))
         if not count: return
-        severe = 'serious' if kind == 'shortcut' or count > LEAK_SHARE * max(1,
-                                                                             sum(e.counts.values())) else 'warning'
+        share = count / max(1, sum(e.counts.values()))
+        severe = 'serious' if kind == 'shortcut' or share > LEAK_SHARE else 'warning'
         return Diagnosis(name, severe, symptom, f'{count} findings, such as: {example}', cause,
                          remedy + _again(e), expect, 3)
     return rule

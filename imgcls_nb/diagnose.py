@@ -817,7 +817,7 @@ def observe_run(
     budget = (run.record.get('options') or {}).get('latency_ms') or 100.0
     known |= dict(latency_budget_ms=budget, findings=_count_findings(run.record.get('findings', [])))
     table = _read_part(run.items, lambda p: pd.read_csv(p, dtype=str, keep_default_na=False), missing)
-    if table is not None: known |= _from_tables(run, table, missing)
+    if table is not None and {'label', 'split'} <= set(table): known |= _from_tables(run, table, missing)
     bundle = _read_part(run.bundle/'bundle.json', _read_json, missing)
     if bundle: _add_bundle(known, bundle)
     state = run.record.get('state')

@@ -23,3 +23,4 @@ from imgcls_nb.bundle import *
 from imgcls_nb.export import *
 from imgcls_nb.compress import *
 from imgcls_nb.serve import create_app, serve
+from imgcls_nb.diagnose import *

@@ -6,8 +6,8 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
-           'data_command', 'models_command', 'compare_command', 'predict_command', 'serve_command', 'make_parser',
-           'main']
+           'data_command', 'models_command', 'compare_command', 'predict_command', 'serve_command', 'doctor_command',
+           'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -184,6 +184,7 @@ def _check_unchanged(run: Run, fingerprint: str) -> None:
 def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     "Make a learner, say how long it will take, and train it."
     from imgcls_nb.augment import mixing
+    from imgcls_nb.diagnose import Watch
     from imgcls_nb.train import EpochLog, ReportProgress, default_epochs, image_learner, train
     with stage(run, 'prepare'), screen.bar('prepare') as progress:
         pretrained = False if args.from_scratch else None
@@ -192,11 +193,15 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
     learn.logger, learn.recipe['mix'] = (lambda row: None), args.mix
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
-    callbacks = EpochLog(run.log), *mixing(args.mix)
-    with stage(run, 'train'), screen.bar('train') as progress:
-        train(learn, args.epochs, args.learning_rate, (*callbacks, ReportProgress(progress)),
-              resume=run.checkpoint)
-    save_record(run, recipe=learn.recipe)
+    watch = Watch()
+    callbacks = EpochLog(run.log), watch, *mixing(args.mix)
+    try:
+        with stage(run, 'train'), screen.bar('train') as progress:
+            train(learn, args.epochs, args.learning_rate, (*callbacks, ReportProgress(progress)),
+                  resume=run.checkpoint)
+    finally:  # above all a training that broke off is worth a diagnosis
+        save_record(run, recipe=learn.recipe)
+        write_json(run.folder/'diagnostics.json', watch.record)
     return learn
 
 # %% ../nbs/21_cli.ipynb #f551d700
@@ -576,6 +581,31 @@ def _add_compare(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=compare_command)
 
+# %% ../nbs/21_cli.ipynb #d0c70002
+def doctor_command(args: argparse.Namespace) -> int:
+    "`imgcls doctor RUN`: what went wrong in this run and what to change."
+    from imgcls_nb.diagnose import diagnose, observe_run
+    found = diagnose(observe_run(args.run))
+    if args.json:
+        print(json.dumps(found.as_dict(), ensure_ascii=False))
+        return 0
+    rows = [[d.name, d.severity, d.evidence, d.cause, d.expect] for d in found]
+    heading = ['found', 'how', 'evidence', 'cause', 'to expect']
+    if rows: print_table(rows, heading, f'What went wrong in {args.run}')
+    else: print('Nothing wrong found.')
+    for d in found: print(f'# against {d.name}\n{d.remedy}\n')
+    if found.not_seen: print(f'Not looked at: {"; ".join(found.not_seen)}.')
+    return 0
+
+
+def _add_doctor(commands) -> None:
+    "Options of `imgcls doctor`."
+    p = commands.add_parser('doctor', help='what went wrong in a run, and what to change',
+                            formatter_class=_Format, epilog='example:\n  imgcls doctor runs/digits')
+    p.add_argument('run', help="a run's folder")
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=doctor_command)
+
 # %% ../nbs/21_cli.ipynb #5c3493d7
 def _add_predict(commands) -> None:
     "Options of `imgcls predict`."
@@ -625,7 +655,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    for add in (_add_run, _add_data, _add_models, _add_compare, _add_predict, _add_serve): add(commands)
+    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_predict, _add_serve):
+        add(commands)
     return parser
 
 # %% ../nbs/21_cli.ipynb #db873264

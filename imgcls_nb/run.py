@@ -106,6 +106,7 @@ PARTS = {
     'run.json': 'the record: state, source, seed, versions, hardware',
     'items.csv': 'every image: its label and split, or why it was set aside',
     'log.csv': 'losses and accuracy after each epoch',
+    'diagnostics.json': 'what was watched while it trained: layers, steps, seconds; for `imgcls doctor`',
     'checkpoint': 'weights after the last whole epoch, and all that training needs to go on',
     'predictions.npz': 'the probabilities on the test split',
     'metrics.json': 'each metric with its interval',

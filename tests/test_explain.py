@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from imgcls_nb.data import digits, textures
 from imgcls_nb.evaluate import Report, evaluate, report_html
-from imgcls_nb.explain import (METHODS, confident_mistakes, embed, explanation_sections, heat_maps, heat_share, map_layer, overlay,
+from imgcls_nb.explain import (METHODS, embed, explanation_sections, heat_maps, heat_share, map_layer, overlay,
                                penultimate_features, plot_embedding, randomization_check, rank_correlation, show_explanations, show_heat)
 from imgcls_nb.image import Preprocessing, normalize
 from imgcls_nb.models import create_model
@@ -207,7 +207,7 @@ def test_overlays():
 
 def test_sections_go_into_the_report(trained):
     learn, report = trained
-    mistakes = confident_mistakes(report)
+    mistakes = report.confident_mistakes(8)
     assert (report.answers[mistakes] != report.targets[mistakes]).all() and (np.diff(report.probabilities[mistakes].max(1)) <= 0).all()
     sections = explanation_sections(learn, report)
     page = report_html(report, extra=sections)

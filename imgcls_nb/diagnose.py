@@ -779,7 +779,8 @@ class Diagnoses(list):
         rows = [dict(found=d.name, how=d.severity, evidence=d.evidence, cause=d.cause,
                      expect=d.expect) for d in self]
         with pd.option_context('display.max_colwidth', None): table = pd.DataFrame(rows).to_html(index=False)
-        return f'{table}<pre style="white-space:pre;overflow-x:auto"># the first remedy\n{escape(self[0].remedy)}</pre>{notes}'
+        code = f'# the first remedy\n{escape(self[0].remedy)}'
+        return f'{table}<pre style="white-space:pre;overflow-x:auto">{code}</pre>{notes}'
 
 
 def diagnose(

@@ -15,7 +15,7 @@ import pytest
 from conftest import IMGCLS, OFFLINE, assert_no_leftovers, assert_sentence, imgcls
 from samples import BROKEN, MODES
 
-PARTS = {'run.json', 'items.csv', 'log.csv', 'checkpoint', 'predictions.npz', 'report.html', 'metrics.json', 'bundle'}
+PARTS = {'run.json', 'items.csv', 'log.csv', 'diagnostics.json', 'checkpoint', 'predictions.npz', 'report.html', 'metrics.json', 'bundle'}
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -80,7 +80,7 @@ def test_the_report_needs_nothing_else(digits_run):
     page = (Path(digits_run['run'])/'report.html').read_text(encoding='utf-8')
     assert len(page) < 5_000_000 and page.count('data:image/png;base64,') >= 5
     assert 'http://' not in page and 'https://' not in page and '<script' not in page
-    for heading in ('Confusion matrix', 'ROC', 'Worst mistakes', 'Runtimes', 'Training', 'onnx'): assert heading in page
+    for heading in ('Confusion matrix', 'ROC', 'Mistakes', 'Runtimes', 'Training', 'onnx'): assert heading in page
     assert page.count('<img ') == page.count('alt="')
 
 

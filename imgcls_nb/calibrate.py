@@ -149,13 +149,13 @@ def plot_reliability(
     figure, (axis, counts) = plt.subplots(2, 1, figsize=(4.8, 5), sharex=True, height_ratios=[3, 1],
                                           layout='constrained')
     axis.plot([0, 1], [0, 1], '--', color='0.5', lw=1, label='as sure as it should be')
-    spread = [table.accuracy - table.low, table.high - table.accuracy]
-    axis.errorbar(table.confidence, table.accuracy, spread, fmt='o', color='#0072B2', capsize=3,
+    confidence, right, low, high = table[['confidence', 'accuracy', 'low', 'high']].to_numpy().T
+    axis.errorbar(confidence, right, [right - low, high - right], fmt='o', color='#0072B2', capsize=3,
                   label='accuracy in each bin')
     axis.set(ylabel='share of answers that are right', ylim=(-0.02, 1.02),
              title=_reliability_title(table))
     axis.legend(fontsize=8)
-    bars = counts.bar(table.confidence, table.images, 0.6 / bins, color='#56B4E9')
+    bars = counts.bar(confidence, table.images.to_numpy(), 0.6 / bins, color='#56B4E9')
     counts.bar_label(bars, fontsize=7)
     counts.set(xlabel='confidence: the highest probability', ylabel='images', xlim=(-0.02, 1.04),
                ylim=(0, 1.25 * table.images.max()))

@@ -45,9 +45,10 @@ def paired_bootstrap(
     seed: int = 0,  # which resamples
 ) -> Estimate:
     "How much higher the second figure is, with its interval from drawing whole groups with replacement."
-    rng, members = np.random.default_rng(seed), pd.Series(range(len(groups))).groupby(groups).agg(np.array)
+    rng, unit = np.random.default_rng(seed), pd.factorize(groups, sort=True)[0]
+    members = np.split(np.argsort(unit, kind='stable'), np.cumsum(np.bincount(unit))[:-1])
     def gain(rows): return np.subtract(*reversed(score(rows)))
-    def draw(): return np.concatenate(members.iloc[rng.integers(0, len(members), len(members))].to_list())
+    def draw(): return np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))])
     low, high = np.nanpercentile([gain(draw()) for _ in range(repeats)], [2.5, 97.5])
     return Estimate(float(gain(np.arange(len(groups)))), float(low), float(high))
 

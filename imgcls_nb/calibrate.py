@@ -150,7 +150,8 @@ def plot_reliability(
                                           layout='constrained')
     axis.plot([0, 1], [0, 1], '--', color='0.5', lw=1, label='as sure as it should be')
     confidence, right, low, high = table[['confidence', 'accuracy', 'low', 'high']].to_numpy().T
-    axis.errorbar(confidence, right, [right - low, high - right], fmt='o', color='#0072B2', capsize=3,
+    spread = [(right - low).tolist(), (high - right).tolist()]
+    axis.errorbar(confidence, right, spread, fmt='o', color='#0072B2', capsize=3,
                   label='accuracy in each bin')
     axis.set(ylabel='share of answers that are right', ylim=(-0.02, 1.02),
              title=_reliability_title(table))

@@ -213,13 +213,18 @@ def fit_temperature(
     return float(np.exp(minimize_scalar(loss, bounds=np.log([0.1, 10]), method='bounded').x))
 
 
+def _softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    "Probabilities `float64 [N, K]` for logits divided by a temperature."
+    return np.exp(log_softmax(np.asarray(logits, np.float64) / temperature, 1))
+
+
 def scale_probabilities(
     probabilities: np.ndarray,  # `float [N, K]`, as the network gives them
     temperature: float,  # from `fit_temperature`
 ) -> np.ndarray:  # `float32 [N, K]`; the order of the classes stays
     "Probabilities as if the logits had been divided by a temperature."
     logs = np.log(np.maximum(np.asarray(probabilities, np.float64), 1e-45))  # the smallest float32
-    return np.exp(log_softmax(logs / temperature, 1)).astype(np.float32)
+    return _softmax(logs, temperature).astype(np.float32)
 
 # %% ../nbs/07b_calibrate.ipynb #4fdb5534
 def risk_coverage(
@@ -379,7 +384,7 @@ def logit_scores(
 ) -> dict[str, np.ndarray]:  # `float [N]` each; higher is more familiar
     "Three scores that need nothing but the logits."
     logits = np.asarray(logits, np.float64)
-    return {'highest probability': np.exp(log_softmax(logits, 1)).max(1), 'highest logit': logits.max(1),
+    return {'highest probability': _softmax(logits).max(1), 'highest logit': logits.max(1),
             'energy': logsumexp(logits, 1)}
 
 # %% ../nbs/07b_calibrate.ipynb #308bb30e
@@ -527,7 +532,7 @@ class Calibration:
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         "Calibrated probabilities `float32 [N, K]` for logits, or for logarithms of probabilities."
-        return np.exp(log_softmax(np.asarray(logits, np.float64) / self.temperature, 1)).astype(np.float32)
+        return _softmax(logits, self.temperature).astype(np.float32)
 
     def scores(self, outputs: Outputs) -> np.ndarray | None:
         "How familiar each image is, `float32 [N]`; None where the network has no features."
@@ -556,7 +561,7 @@ def calibrate(
         train = network_outputs(learn, 0, most=5000)
         familiarity = fit_familiarity(train.features, train.targets)
         known = familiarity.score(valid.features)
-    probabilities = np.exp(log_softmax(valid.logits.astype(np.float64) / temperature, 1))
+    probabilities = _softmax(valid.logits, temperature)
     if precision is not None: images_for_promise(precision, confidence)  # refuses what is no precision
     try: found = choose_thresholds(valid.targets, probabilities, known, precision, turned_away, confidence)
     except InputError as error:
@@ -571,7 +576,7 @@ def calibration_sections(
 ) -> list[tuple[str, str]]:  # heading and HTML, for `report_html`
     "What the report says about trust: calibration before and after, and when the answer is not sure."
     targets, c = outputs.targets, calibration
-    raw, scaled = (np.exp(log_softmax(outputs.logits.astype(np.float64) / t, 1)) for t in (1, c.temperature))
+    raw, scaled = (_softmax(outputs.logits, t) for t in (1, c.temperature))
     pictures = {name: plot_reliability(targets, p) for name, p in (('before', raw), ('after', scaled))}
     figures = [figure_html(picture, f'Reliability {name}: {picture.axes[0].get_title()}')
                for name, picture in pictures.items()]

@@ -201,7 +201,7 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
                   resume=run.checkpoint)
     finally:  # above all a training that broke off is worth a diagnosis
         save_record(run, recipe=learn.recipe)
-        write_json(run.folder/'diagnostics.json', watch.record)
+        write_json(run.diagnostics, watch.record)
     return learn
 
 # %% ../nbs/21_cli.ipynb #f551d700

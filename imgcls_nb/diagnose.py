@@ -83,11 +83,11 @@ def _gradient_sizes(weights: dict[str, torch.Tensor]) -> dict[str, list[float]]:
             for (name, grad), norm, share in zip(named.items(), _norms(list(named.values())), dead)}
 
 # %% ../nbs/12_diagnose.ipynb #d1a60008
-def _loader_batch(loader, dataset, count: int):
-    "The first images of a data set as a loader prepares them; nothing random is moved on."
+def _loader_batch(loader, dataset, count: int, seed: int = 0):
+    "Images spread over a data set as a loader prepares them; nothing random is moved on."
     loader.after_batch.split_idx = getattr(loader.dataset, 'split_idx', None)
     rows = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
-    with _seeded(0): batch = loader.after_batch(to_device(dataset.batch(rows.tolist()), loader.device))
+    with _seeded(seed): batch = loader.after_batch(to_device(dataset.batch(rows.tolist()), loader.device))
     return [part.as_subclass(torch.Tensor) for part in batch]
 
 
@@ -242,20 +242,13 @@ def _loader_facts(learn: Learner) -> dict:
                  train_normalization=_normalization(train), valid_normalization=_normalization(valid))
     if not hasattr(train.dataset, 'batch'): return facts
     p, labels = train.dataset.preprocessing, train.dataset.labels.numpy()
-    first, second = (_loader_batch_random(valid, seed) for seed in (1, 2))
+    first, second = (_loader_batch(valid, valid.dataset, 8, seed)[0] for seed in (1, 2))
     return facts | dict(classes=len(train.dataset.vocab), images=len(labels), size=p.height,
                         counts=np.bincount(labels, minlength=len(train.dataset.vocab)).tolist(),
                         class_names=list(train.dataset.vocab), specified=[list(p.mean), list(p.std)],
                         kind=train.dataset.data.kind,
                         evaluation_random=not torch.allclose(first, second),
                         recipe=getattr(learn, 'recipe', {}))
-
-# %% ../nbs/12_diagnose.ipynb #d1a7100e
-def _loader_batch_random(loader, seed: int) -> torch.Tensor:
-    "A few evaluation images, prepared with the generators at `seed`."
-    loader.after_batch.split_idx = getattr(loader.dataset, 'split_idx', None)
-    batch = to_device(loader.dataset.batch(list(range(min(8, len(loader.dataset))))), loader.device)
-    with _seeded(seed): return torch.as_tensor(loader.after_batch(batch)[0])
 
 # %% ../nbs/12_diagnose.ipynb #d1a60011
 @dataclass
@@ -811,7 +804,7 @@ def observe_run(
 ) -> Evidence:
     "Gather all that a run's folder tells, without training again."
     run, missing = folder if isinstance(folder, Run) else open_run(folder), []
-    watched = _read_part(run.folder/'diagnostics.json', _read_json, missing)
+    watched = _read_part(run.diagnostics, _read_json, missing)
     log = _read_part(run.log, pd.read_csv, missing)
     known = _from_watched(watched if isinstance(watched, dict) else _from_log(log, run.record))
     known['recipe'] = known['recipe'] | run.record.get('recipe', {})

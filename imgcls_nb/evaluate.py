@@ -103,6 +103,11 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     "Element by element; nothing divided by nothing is nothing known."
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=np.asarray(whole) > 0)
 
+
+def _row_shares(matrix: np.ndarray) -> np.ndarray:
+    "Each cell's share of its true class, 0 for a class without images."
+    return np.nan_to_num(_ratio(matrix.astype(float), matrix.sum(1, keepdims=True).repeat(len(matrix), 1)))
+
 # %% ../nbs/07_evaluate.ipynb #4b32c153
 CJK_FONTS = ('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'Source Han Sans SC', 'Microsoft YaHei',
              'PingFang SC', 'Hiragino Sans', 'SimHei', 'WenQuanYi Zen Hei', 'WenQuanYi Micro Hei',
@@ -159,7 +164,7 @@ def plot_confusion(
 def _shade(axis, matrix: np.ndarray, cell: float, percent: bool) -> None:
     "Colour the cells; write numbers unless they would be too small to read in cells of this many points."
     is_right = np.eye(len(matrix), dtype=bool)
-    share = np.nan_to_num(_ratio(matrix.astype(float), matrix.sum(1, keepdims=True).repeat(len(matrix), 1)))
+    share = _row_shares(matrix)
     shade = np.where(is_right, share, np.sqrt(share))
     colours = np.where(is_right[..., None], plt.cm.Blues(shade), plt.cm.Oranges(shade))
     axis.imshow(np.where(matrix[..., None] > 0, colours, 1.0))
@@ -182,7 +187,7 @@ def confusion_order(
 ) -> np.ndarray:  # `int [K]`: the classes in their new order
     "An order in which classes that are confused stand together, from average-linkage clustering."
     if len(matrix) < 3: return np.arange(len(matrix))
-    share = np.nan_to_num(_ratio(matrix.astype(float), matrix.sum(1, keepdims=True).repeat(len(matrix), 1)))
+    share = _row_shares(matrix)
     far = 1 - (share + share.T) / 2
     np.fill_diagonal(far, 0)
     tree = linkage(squareform(far, checks=False), 'average', optimal_ordering=len(matrix) <= 200)
@@ -280,7 +285,7 @@ def resampled_matrices(
 ) -> Iterator[np.ndarray]:  # some of the confusion matrices at a time, `float [some, K, K]`
     "Confusion matrices of test splits drawn from this one, to which one invented mistake is added."
     rng, pairs, cells = np.random.default_rng(seed), targets * classes + answers, classes**2
-    unit = np.arange(len(targets)) if groups is None else pd.factorize(groups)[0]
+    unit = _units_of(len(targets), groups)
     units = unit.max() + 1
     for start in range(0, repeats, step := max(1, int(2e6) // max(len(targets), cells))):
         some = min(step, repeats - start)
@@ -290,6 +295,11 @@ def resampled_matrices(
         where = np.repeat(np.arange(some), times[:, -1]) * cells + _mistakes(rng, times[:, -1].sum(), classes)
         np.add.at(found, where, len(targets) / units)
         yield found.reshape(some, classes, classes)
+
+
+def _units_of(count: int, groups: np.ndarray | None) -> np.ndarray:
+    "The number of what each image is drawn with, `int64 [N]`: its group, or the image itself."
+    return np.arange(count) if groups is None else pd.factorize(groups)[0]
 
 
 def _mistakes(rng: np.random.Generator, count: int, classes: int) -> np.ndarray:
@@ -471,8 +481,12 @@ def log_loss(
 
 def _losses(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     "One for each image, `float [N]`."
-    given = probabilities[np.arange(len(targets)), targets]
-    return -np.log(np.clip(given, np.finfo(probabilities.dtype).eps, 1))
+    return -np.log(np.clip(_given(targets, probabilities), np.finfo(probabilities.dtype).eps, 1))
+
+
+def _given(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    "The probability that each image's true class got, `float [N]`."
+    return probabilities[np.arange(len(targets)), targets]
 
 # %% ../nbs/07_evaluate.ipynb #e1635601
 def in_top(
@@ -492,7 +506,7 @@ def mean_interval(
     seed: int = 0,  # which resamples
 ) -> Estimate:
     "A mean with its bootstrap-t interval (Efron, 1982); without two images or groups there is none, NaN."
-    unit = np.arange(len(values)) if groups is None else pd.factorize(groups)[0]
+    unit = _units_of(len(values), groups)
     sums, sizes = np.bincount(unit, values), np.bincount(unit)
     rng, units = np.random.default_rng(seed), len(sizes)
     mean, error = _mean_and_error(sums, sizes)
@@ -520,7 +534,7 @@ def auroc_interval(
     if np.isnan(value): return Estimate(value, value, value)
     usable = np.flatnonzero((count > 0) & (count < len(targets)))[:1 if len(count) == 2 else None]
     moved = np.array([_area_moved(targets == k, probabilities[:, k]) for k in usable])
-    unit = np.arange(len(targets)) if groups is None else pd.factorize(groups)[0]
+    unit = _units_of(len(targets), groups)
     error = np.sqrt((np.bincount(unit, moved.mean(0))**2).sum())
     if error == 0 or not 0 < value < 1: return wilson_interval(value * (unit.max() + 1), unit.max() + 1)
     middle = np.log(value / (1 - value))
@@ -645,7 +659,7 @@ def worst(
     count: int = 16,  # images at most
 ) -> np.ndarray:  # positions in the report, worst first
     "The images whose true class got the lowest probability."
-    return self.probabilities[np.arange(len(self.targets)), self.targets].argsort()[:count]
+    return _given(self.targets, self.probabilities).argsort()[:count]
 
 
 @patch
@@ -712,10 +726,8 @@ def show_answers(
     columns: int = 8,  # images in a row
 ) -> plt.Figure:
     "Images with their true class → answer, and how sure it was."
-    data = report.data
     if not len(positions): raise InputError(f'There is no image to show for {heading!r}.')
-    mode = 'L' if data.arrays is not None and data.arrays.ndim == 3 else 'RGB'
-    images = [_thumbnail(data.open(report.rows[i], mode)) for i in positions]
+    images = _thumbnails(report, positions)
     titles = [_worst_title(report, i) for i in positions]
     with plt.rc_context(text_style()):
         return show_images(images, titles, columns=min(columns, len(positions)), heading=heading)
@@ -739,10 +751,13 @@ def _worst_title(report: Report, i: int) -> str:
     return f'{line}\n{report.probabilities[i].max():.0%} sure'
 
 
-def _thumbnail(image, side: int = 128):
-    "At most `side` pixels, so that a report stays small."
-    image.thumbnail((side, side))
-    return image
+def _thumbnails(report: Report, positions: np.ndarray, side: int = 128) -> list:
+    "Pictures of at most `side` pixels, so that a report stays small."
+    data = report.data
+    mode = 'L' if data.arrays is not None and data.arrays.ndim == 3 else 'RGB'
+    images = [data.open(report.rows[i], mode) for i in positions]
+    for image in images: image.thumbnail((side, side))
+    return images
 
 # %% ../nbs/07_evaluate.ipynb #dc72886a
 def figure_html(

@@ -144,6 +144,8 @@ class Run:
     @property
     def checkpoint(self) -> Path: return self.folder/'checkpoint'
     @property
+    def diagnostics(self) -> Path: return self.folder/'diagnostics.json'
+    @property
     def predictions(self) -> Path: return self.folder/'predictions.npz'
     @property
     def report(self) -> Path: return self.folder/'report.html'

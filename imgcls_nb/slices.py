@@ -30,8 +30,8 @@ from skimage.util import random_noise
 
 from .compare import paired_bootstrap
 from .data import ImageSet, Progress, _in_threads, show_images
-from .evaluate import (Estimate, Report, bootstrap_interval, drawable, figure_html, table_html,
-                                text_style, wilson_interval)
+from .evaluate import (Estimate, Report, _given, _thumbnails, bootstrap_interval, drawable,
+                                figure_html, table_html, text_style, wilson_interval)
 from .image import Preprocessing, normalize
 from .run import InputError
 
@@ -274,13 +274,10 @@ def show_slice(
     count: int = 8,  # pictures at most
 ) -> plt.Figure:
     "Pictures of a slice, the lowest probabilities for the true class first."
-    given = report.probabilities[np.arange(len(report.targets)), report.targets]
+    given = _given(report.targets, report.probabilities)
     inside = np.flatnonzero(found.members[row])
     chosen = inside[np.argsort(given[inside], kind='stable')][:count]
-    data, names = report.data, report.data.classes
-    mode = 'L' if data.arrays is not None and data.arrays.ndim == 3 else 'RGB'
-    images = [data.open(report.rows[i], mode) for i in chosen]
-    for image in images: image.thumbnail((128, 128))
+    names, images = report.data.classes, _thumbnails(report, chosen)
     pairs = [(names[report.targets[i]], names[report.answers[i]]) for i in chosen]
     titles = [' → '.join(drawable(name, 9) for name in pair) for pair in pairs]
     return show_images(images, titles, columns=min(8, len(chosen)),

@@ -26,14 +26,14 @@ from fastai.learner import Learner
 from torch import nn
 
 from .bundle import (Bundle, BundleRecord, CalibrationRecord, Decision, Figure, Parity,
-                              PromiseRecord, Runtime, measure_latency, open_session, run_outputs, run_session,
-                              write_bundle)
+                              PromiseRecord, Runtime, write_bundle)
 from .calibrate import (Calibration, Promise, Thresholds, calibration_error, error_by_chance,
                                  with_features)
 from .data import SPLITS
 from .evaluate import Report, wilson_interval
 from .image import Preprocessing
 from .run import ImgclsError, versions
+from .runtimes import measure_latency, open_session, run_outputs, run_session
 from .task import Task, machine
 from .train import model_bytes
 

@@ -17,7 +17,6 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
 from torch import nn
 
-from .data import ImageSet
 from .image import Preprocessing
 from .run import InputError
 from .train import _bare, _inputs_of, _last_layer, _set_layer, image_learner, model_bytes
@@ -82,12 +81,19 @@ class Distillation(Callback):
                                             weight=self.weight)
 
     def after_loss(self):
-        images = self.xb[0].as_subclass(torch.Tensor)
-        with torch.no_grad(): answers = self.teacher(for_teacher(images, self.own, self.theirs or self.own))
-        soft = distillation_loss(self.pred, answers, self.temperature)
+        soft = distillation_loss(self.pred, self.answers(self.xb[0], self.own), self.temperature)
         labels = self.loss_grad.as_subclass(torch.Tensor)
         self.learn.loss_grad = (1 - self.weight) * labels + self.weight * soft if self.weight < 1 else soft
         self.learn.loss = self.learn.loss_grad.clone()
+
+    def answers(
+        self,
+        images: torch.Tensor,  # as the student takes them, `float32 [N, C, H, W]`
+        own: Preprocessing,  # the student's
+    ) -> torch.Tensor:  # logits `[N, K]`
+        "What the teacher says about a batch of the student's."
+        images = images.as_subclass(torch.Tensor)
+        with torch.no_grad(): return self.teacher(for_teacher(images, own, self.theirs or own))
 
     def _check_classes(self) -> None:
         "Raise `InputError` for a teacher of other classes."
@@ -98,15 +104,27 @@ class Distillation(Callback):
                              'they must be the same, in this order.')
 
 # %% ../nbs/10b_distill.ipynb #b1000026
+class _Seen:
+    "The student's training batches as the teacher sees them, several times over."
+    def __init__(self, student: Learner, theirs: Preprocessing, passes: int):
+        self.loader, self.theirs, self.passes = student.dls.train, theirs, passes
+        self.own = self.loader.dataset.preprocessing
+
+    def __iter__(self):
+        for _ in range(self.passes):
+            for x, y in self.loader: yield for_teacher(x.as_subclass(torch.Tensor), self.own, self.theirs), y
+
+
 def frozen_teacher(
-    data: ImageSet,  # split; its training images and labels are used
+    student: Learner,  # from `image_learner`, with the images that have labels
     architecture: str = 'tf_efficientnet_lite0',  # a timm name with pretrained weights
-    size: int | None = None,  # side of the input in pixels; chosen for the data by default
-    **options,  # further ones for `image_learner`
-) -> Learner:  # ready to teach
-    "A pretrained network as it came, with a linear head that is fitted to the labels."
-    learn = image_learner(data, architecture, pretrained=True, size=size, **options)
-    loader = learn.dls.valid.new(learn.dls.train.dataset, bs=learn.dls.train.bs)  # in order, not augmented
-    layer = _last_layer(learn.model, len(learn.dls.vocab))
-    _set_layer(layer, fit_head(*_inputs_of(layer, learn.model, loader)))
-    return learn
+    size: int | None = None,  # side of the teacher's input in pixels; chosen for the data by default
+    passes: int = 5,  # over the student's augmented training images
+) -> Learner:  # ready to teach this student
+    "A pretrained network as it came, with a linear head that is fitted to what the student sees."
+    dataset, seed = student.dls.train.dataset, student.recipe['seed']
+    teacher = image_learner(dataset.data, architecture, pretrained=True, size=size, seed=seed)
+    layer = _last_layer(teacher.model, len(dataset.vocab))
+    seen = _Seen(student, teacher.dls.train.dataset.preprocessing, passes)
+    _set_layer(layer, fit_head(*_inputs_of(layer, teacher.model, seen)))
+    return teacher

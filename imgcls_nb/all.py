@@ -24,6 +24,8 @@ from imgcls_nb.bundle import *
 from imgcls_nb.export import *
 from imgcls_nb.variants import *
 from imgcls_nb.quantize import *
+from imgcls_nb.prune import *
+from imgcls_nb.distill import *
 from imgcls_nb.compress import *
 from imgcls_nb.serve import create_app, serve
 from imgcls_nb.diagnose import *

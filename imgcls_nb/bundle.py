@@ -141,7 +141,7 @@ class Runtime(Record):
     file: str  # which file of the bundle it runs
     bytes: _Count  # size of that file
     parity: Parity  # against the trained model
-    accuracy: Figure  # on the test split
+    accuracy: Figure | None  # on the test split
     latency_ms: float  # median time for one image from pixels, in milliseconds
     latency_ms_p95: float  # 95th percentile of the same
     decision: Decision | None = None  # when its answers are not sure; never by default
@@ -248,8 +248,8 @@ def _runtimes_table(record: BundleRecord) -> list[str]:
     header = ['runtime', 'file', 'kB', 'test accuracy', '95% interval', 'largest difference', 'median, ms',
               'p95, ms']
     return _table(header, [
-        (name, r.file, f'{r.bytes / 1e3:,.1f}', f'{r.accuracy.value:.1%}',
-         f'{r.accuracy.low:.1%} to {r.accuracy.high:.1%}',
+        (name, r.file, f'{r.bytes / 1e3:,.1f}', f'{r.accuracy.value:.1%}' if r.accuracy else '–',
+         f'{r.accuracy.low:.1%} to {r.accuracy.high:.1%}' if r.accuracy else '–',
          f'{r.parity.max_difference:.1e}', f'{r.latency_ms:.3g}', f'{r.latency_ms_p95:.3g}')
         for name, r in record.runtimes.items()])
 

@@ -19,6 +19,7 @@ from imgcls_nb.calibrate import *
 from imgcls_nb.compare import *
 from imgcls_nb.slices import *
 from imgcls_nb.explain import *
+from imgcls_nb.runtimes import *
 from imgcls_nb.bundle import *
 from imgcls_nb.export import *
 from imgcls_nb.quantize import *

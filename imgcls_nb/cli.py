@@ -255,8 +255,9 @@ def _runtime_rows(compression) -> list[list[str]]:
     "One row for each runtime, an INT8 version that was refused included."
     runtimes = dict(compression.bundle.record.runtimes)
     if not compression.kept: runtimes['onnx-int8, refused'] = compression.runtime
-    return [[name, f'{r.bytes / 1e6:.3f}', f'{r.accuracy.value:.2%}',
-             f'{r.accuracy.low:.2%} to {r.accuracy.high:.2%}', f'{r.parity.max_difference:.1e}',
+    def share(figure): return ('–', '–') if figure is None else (
+        f'{figure.value:.2%}', f'{figure.low:.2%} to {figure.high:.2%}')
+    return [[name, f'{r.bytes / 1e6:.3f}', *share(r.accuracy), f'{r.parity.max_difference:.1e}',
              f'{r.latency_ms:.2f}', f'{r.latency_ms_p95:.2f}']
             for name, r in runtimes.items()]
 

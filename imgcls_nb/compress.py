@@ -10,13 +10,14 @@ __all__ = ['Compression', 'compress']
 # %% ../nbs/10c_compress.ipynb #242081f8
 from dataclasses import dataclass
 
-from .bundle import Bundle, Runtime, add_note, add_runtime, open_session, run_outputs, run_session
+from .bundle import Bundle, Runtime, add_note, add_runtime
 from .calibrate import Promise, Thresholds, choose_thresholds
 from .data import ImageSet
 from .export import measure_runtime
 from .image import Preprocessing
 from .quantize import calibration_rows, quantize
 from .run import InputError
+from .runtimes import open_session, run_outputs, run_session
 
 
 # %% ../nbs/10c_compress.ipynb #0f980c51

@@ -40,8 +40,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from .bundle import (Bundle, BundleRecord, CalibrationRecord, Decision, Figure, Parity,
-                              PromiseRecord, Runtime, measure_latency, open_session, run_outputs, run_session,
-                              sha256, write_bundle)
+                              PromiseRecord, Runtime, sha256, write_bundle)
 from .calibrate import (Calibration, Familiarity, Promise, Thresholds, calibration_error,
                                  error_by_chance, with_features)
 from .data import SPLITS, ImageSet
@@ -49,6 +48,7 @@ from .evaluate import Report, wilson_interval
 from .image import Preprocessing, load_pixels, normalize
 from .models import check_architecture, create_model
 from .run import ImgclsError, InputError, versions
+from .runtimes import measure_latency, open_session, run_outputs, run_session
 from .task import Task, machine
 from .train import model_bytes
 from .transfer import pretrained_model, pretrained_preprocessing, weights_card

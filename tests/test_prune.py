@@ -8,7 +8,7 @@ from torch import nn
 from imgcls_nb.data import digits
 from imgcls_nb.evaluate import predict_probabilities
 from imgcls_nb.export import to_onnx
-from imgcls_nb.bundle import open_session, run_session
+from imgcls_nb.runtimes import open_session, run_session
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.models import SmallCNN, _counted, create_model
 from imgcls_nb.prune import fit_to_weights, layer_times, prune_channels, pruned_learner

@@ -22,6 +22,7 @@ from imgcls_nb.explain import *
 from imgcls_nb.runtimes import *
 from imgcls_nb.bundle import *
 from imgcls_nb.export import *
+from imgcls_nb.formats import *
 from imgcls_nb.quantize import *
 from imgcls_nb.compress import *
 from imgcls_nb.serve import create_app, serve

@@ -6,8 +6,8 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
-           'data_command', 'models_command', 'compare_command', 'predict_command', 'serve_command', 'doctor_command',
-           'make_parser', 'main']
+           'data_command', 'models_command', 'compare_command', 'export_command', 'predict_command', 'serve_command',
+           'doctor_command', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -426,6 +426,144 @@ def _print_comparison(found, needed: int | None) -> None:
     if needed and needed > found.images:
         print(f'To see a difference of this size takes {needed:,} images.')
 
+# %% ../nbs/21_cli.ipynb #e0900010
+def export_command(args: argparse.Namespace) -> int:
+    "`imgcls export`: more formats for a bundle, a bundle of the zoo, or a bundle of your own weights."
+    screen = Screen(quiet=args.json)
+    formats = [name for name in args.to.split(',') if name != 'onnx']
+    if formats: _check_formats(formats)
+    if sum(map(bool, (args.source, args.zoo, args.weights))) != 1:
+        raise InputError('Name one of these: a run or a bundle, --zoo NAME, or --weights FILE '
+                         '(imgcls export --help).')
+    if not args.source and not args.out: raise InputError('Say with --out FOLDER where the bundle will be.')
+    if args.source and not formats:
+        raise InputError('A run and a bundle hold an ONNX file already: say with --to what else, such as '
+                         'openvino.')
+    with screen.bar('export'):
+        bundle, pixels, targets = (_zoo if args.zoo else _own_weights if args.weights else _exported)(args)
+    if formats: bundle = _more_formats(bundle, formats, pixels, targets, screen)
+    _print_export(bundle, args.json)
+    return 0
+
+
+def _check_formats(names: list[str]) -> None:
+    "Refuse what cannot be written or run here before anything else is done."
+    from imgcls_nb.formats import check_format
+    for name in names: check_format(name)
+
+
+def _more_formats(bundle, names: list[str], pixels, targets, screen: Screen):
+    "The bundle with more runtimes; what was proven before one fails stays."
+    from imgcls_nb.formats import FORMATS, add_format
+    half = {part: (pixels[part::2], None if targets is None else targets[part::2]) for part in (0, 1)}
+    for name in names:
+        with screen.bar(name):
+            if not FORMATS[name].calibrated: bundle = add_format(bundle, name, pixels, targets)
+            else: bundle = add_format(bundle, name, *half[0], calibration=half[1][0])
+    return bundle
+
+
+def _print_export(bundle, as_json: bool) -> None:
+    "Where the bundle is, and what every runtime was measured to do."
+    runtimes = bundle.record.runtimes
+    if as_json:
+        facts = dict(bundle=str(bundle.folder), classes=len(bundle.classes))
+        facts['runtimes'] = {name: runtime.model_dump() for name, runtime in runtimes.items()}
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    rows = [[name, f'{r.bytes / 1e6:.3f}', f'{r.accuracy.value:.2%}' if r.accuracy else '–',
+             f'{r.parity.max_difference:.1e}', f'{r.parity.same_class} of {r.parity.images}',
+             f'{r.latency_ms:.2f}']
+            for name, r in runtimes.items()]
+    heading = ['runtime', 'size, MB', 'accuracy', 'largest difference', 'same class', 'ms, median']
+    print_table(rows, heading, f'{bundle.folder}: {len(bundle.classes)} classes')
+    print(f'Next:   imgcls predict {shlex.quote(str(bundle.folder))} IMAGES')
+
+# %% ../nbs/21_cli.ipynb #e0900011
+def _zoo(args: argparse.Namespace):
+    "A pretrained network with its own classes; the images that prove it, and no targets."
+    from imgcls_nb.export import photograph_crops, zoo_bundle
+    bundle = zoo_bundle(args.zoo, args.out, args.size)
+    return bundle, photograph_crops(bundle.preprocessing), None
+
+
+def _own_weights(args: argparse.Namespace):
+    "A bundle of the user's own weights, proven on the user's own images."
+    from imgcls_nb.export import export_module, load_weights, read_weights
+    from imgcls_nb.models import create_model
+    if not args.arch or not args.images:
+        raise InputError('--weights takes --arch NAME, the architecture, and --images FOLDER, held-out '
+                         'images with one folder for each class.')
+    weights, data, p = read_weights(args.weights), _folder(args.images), _own_preprocessing(args)
+    model = create_model(args.arch, len(data.classes), p.channels, (p.height, p.width))
+    model = load_weights(model, weights, args.weights).eval()
+    bundle = export_module(model, data.classes, p, data, args.out, name=data.name, architecture=args.arch)
+    return bundle, *_prepared(bundle, data)
+
+
+def _own_preprocessing(args: argparse.Namespace):
+    "What the weights were trained with, as far as it is said; otherwise what timm's own weights expect."
+    from dataclasses import replace
+    from imgcls_nb.image import Preprocessing
+    from imgcls_nb.models import own_input_shape
+    from imgcls_nb.transfer import has_pretrained_weights, pretrained_preprocessing
+    if has_pretrained_weights(args.arch): p = pretrained_preprocessing(args.arch, args.size)
+    else:
+        _, height, width = own_input_shape(args.arch)
+        p = Preprocessing(args.size or height, args.size or width, len(args.mean or (0, 0, 0)))
+    given = {name: tuple(value) for name in ('mean', 'std') if (value := getattr(args, name))}
+    return replace(p, **given)
+
+
+def _folder(source: str):
+    "The images of a folder that can be opened."
+    from imgcls_nb.sources import load_images
+    return load_images(source).scan()
+
+
+def _prepared(bundle, data):
+    "Pixels and class numbers of a table for a bundle."
+    import numpy as np
+    from imgcls_nb.export import match_classes
+    meant = match_classes(data.classes, bundle)
+    numbers = np.array([bundle.classes.index(meant[label]) for label in data.items['label']])
+    return data.pixels(np.arange(len(data)), bundle.preprocessing), numbers
+
+# %% ../nbs/21_cli.ipynb #e0900012
+def _exported(args: argparse.Namespace):
+    "A bundle that is there already; the images are the run's test images, or those of `--images`."
+    from imgcls_nb.bundle import load_bundle
+    folder = Path(args.source)
+    run = open_run(folder) if (folder/'run.json').is_file() else None
+    bundle = load_bundle(run.bundle if run else folder)
+    if args.images: data, kept = _folder(args.images), None
+    elif run: data, kept = _test_images(run, bundle)
+    else: raise InputError('Say with --images FOLDER which held-out images prove it: one folder a class.')
+    if args.out: bundle = _copy_bundle(bundle, args.out)
+    if kept is None: return bundle, *_prepared(bundle, data)
+    return bundle, data.pixels(kept, bundle.preprocessing), data.targets(kept)
+
+
+def _test_images(run: Run, bundle):
+    "The images of a run as it split them, and which of them are for the test; refused if they changed."
+    from imgcls_nb.sources import load_images
+    options = run.record.get('options', {})
+    data = load_images(run.record['source'], options.get('images'), options.get('pattern'))
+    if options.get('edits'):
+        from imgcls_nb.labelling import EditLog
+        data = EditLog(options['edits']).apply(data)
+    data = data.scan().split(seed=run.record.get('seed', 0))
+    if data.fingerprint() == bundle.record.data.get('fingerprint'): return data, data.where('test')
+    raise InputError(f'The images of {run.record["source"]} are not those of {run.folder} any more. Give '
+                     'held-out images with --images FOLDER.')
+
+
+def _copy_bundle(bundle, folder: str):
+    "The same bundle in another place."
+    from imgcls_nb.bundle import write_bundle
+    files = {name: (bundle.folder/name).read_bytes() for name in bundle.record.checksums}
+    return write_bundle(folder, bundle.record, files)
+
 # %% ../nbs/21_cli.ipynb #02baf1cd
 def _image_paths(names: list[str]) -> Iterator[str]:
     "Files as they are, folders file by file, `-` for a list of paths on standard input."
@@ -582,6 +720,30 @@ def _add_compare(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=compare_command)
 
+# %% ../nbs/21_cli.ipynb #e0900013
+def _add_export(commands) -> None:
+    "Options of `imgcls export`."
+    p = commands.add_parser('export', help='other formats; a bundle of the zoo, or of your weights',
+                            formatter_class=_Format,
+                            epilog='examples:\n  imgcls export runs/digits --to openvino,tflite\n'
+                                   '  imgcls export --zoo tf_efficientnet_lite0 --out lite0\n'
+                                   '  imgcls export --weights best_model.pth --arch resnet18 --images test '
+                                   '--out mine')
+    p.add_argument('source', nargs='?', help='a run or a bundle')
+    p.add_argument('--to', default='onnx', metavar='FORMATS',
+                   help='with commas between them: onnx, tflite, tflite-int8, openvino, tensorrt, '
+                        'tensorrt-fp16, cuda')
+    p.add_argument('--zoo', metavar='NAME', help='a pretrained timm network with its own classes')
+    p.add_argument('--weights', metavar='FILE', help='a state dict (.pth, .pt, .safetensors)')
+    p.add_argument('--arch', metavar='NAME', help='for --weights: small_cnn, or any timm model')
+    p.add_argument('--images', metavar='FOLDER', help='held-out images, one folder for each class')
+    p.add_argument('--size', type=_positive, help='for --zoo and --weights: side of the input in pixels')
+    p.add_argument('--mean', type=float, nargs='+', help='for --weights: of each channel, from 0 to 1')
+    p.add_argument('--std', type=float, nargs='+', help='for --weights: of each channel')
+    p.add_argument('--out', metavar='FOLDER', help='where the bundle will be')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
+    p.set_defaults(command=export_command)
+
 # %% ../nbs/21_cli.ipynb #d0c70002
 def doctor_command(args: argparse.Namespace) -> int:
     "`imgcls doctor RUN`: what went wrong in this run and what to change."
@@ -656,7 +818,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_predict, _add_serve):
+    for add in (_add_run, _add_data, _add_models, _add_compare, _add_export, _add_doctor, _add_predict,
+                _add_serve):
         add(commands)
     return parser
 

@@ -7,7 +7,7 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
            'data_command', 'models_command', 'compare_command', 'export_command', 'predict_command', 'serve_command',
-           'doctor_command', 'make_parser', 'main']
+           'doctor_command', 'compress_command', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -254,7 +254,7 @@ RUNTIME_HEADING = ['runtime', 'size, MB', 'test accuracy', '95% interval', 'larg
 def _runtime_rows(compression) -> list[list[str]]:
     "One row for each runtime, an INT8 version that was refused included."
     runtimes = dict(compression.bundle.record.runtimes)
-    if not compression.kept: runtimes['onnx-int8, refused'] = compression.runtime
+    if compression.runtime and not compression.kept: runtimes['onnx-int8, refused'] = compression.runtime
     def share(figure): return ('–', '–') if figure is None else (
         f'{figure.value:.2%}', f'{figure.low:.2%} to {figure.high:.2%}')
     return [[name, f'{r.bytes / 1e6:.3f}', *share(r.accuracy), f'{r.parity.max_difference:.1e}',
@@ -297,7 +297,7 @@ def _summary(run: Run, report, compression, task) -> dict:
                 bundle=str(run.bundle), report=str(run.report), requirements=[asdict(r) for r in asked],
                 runtimes={name: r.model_dump() for name, r in runtimes.items()},
                 int8=dict(kept=compression.kept, validation_loss=compression.loss,
-                          **compression.runtime.model_dump()),
+                          **(compression.runtime.model_dump() if compression.runtime else {})),
                 calibration=record.calibration.model_dump(), runtime_table=_runtime_rows(compression))
 
 
@@ -769,6 +769,100 @@ def _add_doctor(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=doctor_command)
 
+# %% ../nbs/21_cli.ipynb #c0900002
+def compress_command(args: argparse.Namespace) -> int:
+    "`imgcls compress SOURCE`: a smaller version, kept if it is good enough, and the choice written down."
+    screen = Screen(quiet=args.json)
+    from imgcls_nb.bundle import prefer
+    from imgcls_nb.compress import compress
+    with screen.bar('images'): bundle, images = _to_compress(args)
+    with screen.bar('compress'):
+        done = compress(bundle, images, args.budget_accuracy / 100, args.target_latency)
+        if done.kept: prefer(done.bundle, done.choice.name, done.choice.reason)
+    if args.json: print(json.dumps(_compressed(done), ensure_ascii=False))
+    else: _print_compression(done, bundle)
+    return 0 if done.kept and done.choice.met else 1
+
+
+def _to_compress(args: argparse.Namespace):
+    "The bundle, and the images that it is judged by."
+    from imgcls_nb.bundle import load_bundle
+    from imgcls_nb.compress import images_in
+    run, folder = _run_and_bundle(args.source)
+    bundle = load_bundle(folder)
+    if args.calibration and args.test: return bundle, images_in(bundle, args.calibration, args.test)
+    if args.calibration or args.test:
+        raise InputError('--calibration and --test belong together: one folder to calibrate with and another '
+                         'to test with.')
+    if run is None:
+        raise InputError(f'{folder} is in no run, so its images are not known: name some with '
+                         '--calibration FOLDER --test FOLDER, one folder per class in each.')
+    return bundle, _images_of_run(run)
+
+# %% ../nbs/21_cli.ipynb #c0900003
+def _run_and_bundle(source: str) -> tuple[Run | None, Path]:
+    "The run that a source is or lies in, if any, and the folder of its bundle."
+    folder = Path(source)
+    for place, bundle in ((folder, folder/'bundle'), (folder.parent, folder)):
+        if bundle.name == 'bundle' and (place/'run.json').is_file(): return open_run(place), bundle
+    return None, folder
+
+
+def _images_of_run(run: Run):
+    "The table of images of a run, read and split again as it was then."
+    options = run.record.get('options')
+    if not isinstance(options, dict):
+        raise InputError(f'{run.folder} was made by another version, which kept no options: name images by folder.')
+    args = argparse.Namespace(**options)
+    data = _load(args).scan().split(seed=args.seed)
+    _check_unchanged(run, data.fingerprint())
+    return data
+
+# %% ../nbs/21_cli.ipynb #c0900004
+def _compressed(done) -> dict:
+    "What `--json` prints."
+    versions = {} if done.measured is None else {
+        name: dict(asdict(v), difference=v.difference and asdict(v.difference)) for name, v in done.measured.each.items()}
+    return dict(kept=done.kept, refusal=done.refusal, loss=done.loss, bundle=str(done.bundle.folder),
+                choice=done.choice and asdict(done.choice), versions=versions)
+
+
+def _print_compression(done, bundle) -> None:
+    "The table of both versions on the test images, and what became of it."
+    if done.measured is not None:
+        table = done.measured.table()
+        print_table([[name, *row] for name, row in zip(table.index, table.to_numpy())], ['version', *table.columns],
+                    f'{bundle.record.name}, {done.measured.images:,} test images')
+    if not done.kept: return print(f'INT8 was refused: {done.refusal}')
+    print(f'Used by default: {done.choice.name}, {done.choice.reason}')
+    for name, why in done.choice.rejected.items(): print(f'Not {name}: {why}.')
+
+# %% ../nbs/21_cli.ipynb #c0900005
+def _milliseconds(text: str) -> float:
+    "A time as people write it."
+    number, unit = text.strip().lower().rstrip('ms '), text.strip().lower().lstrip('0123456789.+-e ')
+    try: value = float(number) * {'': 1, 'ms': 1, 's': 1000}[unit]
+    except (ValueError, KeyError): value = float('nan')
+    if not value > 0: raise argparse.ArgumentTypeError(f'{text!r} is not a time such as 5ms or 0.2s')
+    return value
+
+
+def _add_compress(commands) -> None:
+    "Options of `imgcls compress`."
+    p = commands.add_parser('compress', help='a smaller version of a bundle, kept if it is good enough',
+                            formatter_class=_Format,
+                            epilog='examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 --target-latency 5ms\n'
+                                   '  imgcls compress BUNDLE --calibration some_photos --test other_photos')
+    p.add_argument('source', help="a run's folder, or a bundle")
+    p.add_argument('--budget-accuracy', type=float, default=0.5, metavar='POINTS',
+                   help='percentage points of accuracy that may be lost')
+    p.add_argument('--target-latency', type=_milliseconds, metavar='TIME',
+                   help='longest acceptable median time for one image, such as 5ms')
+    p.add_argument('--calibration', metavar='FOLDER', help='images to calibrate and decide with, one folder per class')
+    p.add_argument('--test', metavar='FOLDER', help='images that only the report rests on, one folder per class')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=compress_command)
+
 # %% ../nbs/21_cli.ipynb #5c3493d7
 def _add_predict(commands) -> None:
     "Options of `imgcls predict`."
@@ -778,7 +872,7 @@ def _add_predict(commands) -> None:
     p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
     p.add_argument('images', nargs='+', help='files, folders, or - to read paths from standard input')
     p.add_argument('--top', type=_positive, default=3, help='how many classes to name')
-    p.add_argument('--runtime', default='onnx', help='onnx or onnx-int8')
+    p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
     p.add_argument('--sort-into', metavar='FOLDER',
                    help='copy each image into FOLDER/CLASS, or into "FOLDER/not sure"')
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
@@ -792,7 +886,7 @@ def _add_serve(commands) -> None:
     p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
     p.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 lets other machines in')
     p.add_argument('--port', type=int, default=8000, help='port to listen on')
-    p.add_argument('--runtime', default='onnx', help='onnx or onnx-int8')
+    p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
     p.set_defaults(command=serve_command)
 
 # %% ../nbs/21_cli.ipynb #ceab7d04
@@ -818,8 +912,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    for add in (_add_run, _add_data, _add_models, _add_compare, _add_export, _add_doctor, _add_predict,
-                _add_serve):
+    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_export, _add_compress,
+                _add_predict, _add_serve):
         add(commands)
     return parser
 

@@ -812,7 +812,8 @@ def _images_of_run(run: Run):
     "The table of images of a run, read and split again as it was then."
     options = run.record.get('options')
     if not isinstance(options, dict):
-        raise InputError(f'{run.folder} was made by another version, which kept no options: name images by folder.')
+        raise InputError(f'{run.folder} was made by another version, which kept no options: '
+                         'name images by folder.')
     args = argparse.Namespace(**options)
     data = _load(args).scan().split(seed=args.seed)
     _check_unchanged(run, data.fingerprint())
@@ -821,8 +822,7 @@ def _images_of_run(run: Run):
 # %% ../nbs/21_cli.ipynb #c0900004
 def _compressed(done) -> dict:
     "What `--json` prints."
-    versions = {} if done.measured is None else {
-        name: dict(asdict(v), difference=v.difference and asdict(v.difference)) for name, v in done.measured.each.items()}
+    versions = {name: asdict(v) for name, v in done.measured.each.items()} if done.measured else {}
     return dict(kept=done.kept, refusal=done.refusal, loss=done.loss, bundle=str(done.bundle.folder),
                 choice=done.choice and asdict(done.choice), versions=versions)
 
@@ -831,8 +831,8 @@ def _print_compression(done, bundle) -> None:
     "The table of both versions on the test images, and what became of it."
     if done.measured is not None:
         table = done.measured.table()
-        print_table([[name, *row] for name, row in zip(table.index, table.to_numpy())], ['version', *table.columns],
-                    f'{bundle.record.name}, {done.measured.images:,} test images')
+        rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
+        print_table(rows, ['version', *table.columns], f'{bundle.record.name}, {done.measured.images:,} test images')
     if not done.kept: return print(f'INT8 was refused: {done.refusal}')
     print(f'Used by default: {done.choice.name}, {done.choice.reason}')
     for name, why in done.choice.rejected.items(): print(f'Not {name}: {why}.')
@@ -851,15 +851,17 @@ def _add_compress(commands) -> None:
     "Options of `imgcls compress`."
     p = commands.add_parser('compress', help='a smaller version of a bundle, kept if it is good enough',
                             formatter_class=_Format,
-                            epilog='examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 --target-latency 5ms\n'
-                                   '  imgcls compress BUNDLE --calibration some_photos --test other_photos')
+                            epilog='examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 '
+                                   '--target-latency 5ms\n  imgcls compress BUNDLE --calibration some_photos --test other_photos')
     p.add_argument('source', help="a run's folder, or a bundle")
     p.add_argument('--budget-accuracy', type=float, default=0.5, metavar='POINTS',
                    help='percentage points of accuracy that may be lost')
     p.add_argument('--target-latency', type=_milliseconds, metavar='TIME',
                    help='longest acceptable median time for one image, such as 5ms')
-    p.add_argument('--calibration', metavar='FOLDER', help='images to calibrate and decide with, one folder per class')
-    p.add_argument('--test', metavar='FOLDER', help='images that only the report rests on, one folder per class')
+    p.add_argument('--calibration', metavar='FOLDER',
+                   help='images to calibrate and decide with, one folder per class')
+    p.add_argument('--test', metavar='FOLDER',
+                   help='images that only the report rests on, one folder per class')
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=compress_command)
 

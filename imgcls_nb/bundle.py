@@ -185,11 +185,12 @@ def _front_matter(record: BundleRecord) -> str:
     "The lines for model hubs, in YAML."
     formats = {Path(runtime.file).suffix[1:] for runtime in record.runtimes.values()}
     tags = ['image-classification', record.architecture, *sorted(formats)]
-    facts = dict(library_name='imgcls_nb', pipeline_tag='image-classification', tags=tags)
+    facts = dict(tags=tags)
     if record.licence: facts['license'] = record.licence
     if found := _HUB_NAME.match(str(record.data.get('source'))): facts['datasets'] = [found[1]]
     if record.metrics: facts['model-index'] = _model_index(record)
-    return '\n'.join(['---', *(f'{name}: {_yaml(value)}' for name, value in facts.items()), '---', ''])
+    return '\n'.join(['---', 'library_name: imgcls_nb', 'pipeline_tag: image-classification',
+                      *(f'{name}: {_yaml(value)}' for name, value in facts.items()), '---', ''])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

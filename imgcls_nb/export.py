@@ -21,7 +21,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -272,10 +272,12 @@ def first_difference(
     layers: list[LayerDifference],  # from `layer_differences`
     tolerance: float = 1e-4,  # as a share of the layer's largest output; rounding stays below
 ) -> LayerDifference | None:  # None where no layer differs
-    "The first layer that the graph does not repeat; one that was folded into the next is no difference."
+    "The first layer that the graph does not repeat, neither by itself nor folded into the next one."
     lost = [not layer.difference <= tolerance for layer in layers]
-    for layer, gone, next_gone in zip(layers, lost, [*lost[1:], True]):
-        if gone and next_gone: return layer
+    for i, layer in enumerate(layers):
+        if all(lost[i:i + 2]):
+            both = [each.difference for each in layers[i:i + 2]]
+            return replace(layer, difference=float(np.fmin.reduce(both)))
     return None
 
 # %% ../nbs/09_export.ipynb #ea900013

@@ -64,7 +64,10 @@ def to_tflite(
     example = torch.zeros(1, p.height, p.width, p.channels, dtype=torch.uint8)
     try:
         with tempfile.TemporaryDirectory() as folder, _quiet(), contextlib.redirect_stderr(io.StringIO()):
-            litert_torch.convert(whole, (example,)).export(f'{folder}/model.tflite')
+            progress = litert_torch.progress.config
+            shown, progress.show_progress = progress.show_progress, False
+            try: litert_torch.convert(whole, (example,)).export(f'{folder}/model.tflite')
+            finally: progress.show_progress = shown
             data = Path(folder, 'model.tflite').read_bytes()
             return data if calibration is None else _in_8_bits(data, calibration)
     except Exception as error:  # three compilers, no common parent of their errors

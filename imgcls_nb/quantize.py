@@ -6,7 +6,7 @@ Docs: https://imgcls.github.io/imgcls_nb/quantize.html.md"""
 
 # %% auto #0
 __all__ = ['METHODS', 'saturation_free', 'calibration_rows', 'PixelReader', 'quantize', 'rank_layers', 'QuantizeError', 'Attempt',
-           'Quantized', 'quantize_within']
+           'Quantized', 'quantize_within', 'QuantizationAware']
 
 # %% ../nbs/10_quantize.ipynb #5a2ce77d
 import contextlib
@@ -20,11 +20,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pandas as pd
+import torch
+from fastai.callback.core import Callback
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import (CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType,
                                       quantize_static)
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import nn
+from torch.nn.utils import parametrize
 
 from .runtimes import open_session, run_session
 from .compare import paired_interval
@@ -222,14 +226,16 @@ def _left_in_float(proto: onnx.ModelProto) -> list[str]:
     if not layers: raise InputError('The graph holds no convolution and no linear layer to quantise.')
     alone = _familiarity_alone(proto.graph)
     last = max(names.index(name) for name in layers if name not in alone)
-    return sorted({*alone, *names[last + 1:]} | {n.name for n in proto.graph.node if n.op_type == 'Softmax'})
+    others = {n.name for n in proto.graph.node if n.op_type in ('Softmax',)}
+    return sorted({*alone, *names[last + 1:], *others})
 
 # %% ../nbs/10_quantize.ipynb #q1000006
 def _quantize_graph(proto: onnx.ModelProto, pixels: np.ndarray, method: str, reduce_range: bool,
-                    exclude: Sequence[str]) -> bytes:
+                    exclude: Sequence[str], layers_in_float: bool) -> bytes:
     "ONNX Runtime's static quantisation."
+    floats = ['Gemm', 'MatMul', *(['Conv'] if layers_in_float else [])]  # whose outputs may stay in float
     (calibrate, options), level = METHODS[method], logging.root.level
-    options = options | {'OpTypesToExcludeOutputQuantization': ['Gemm', 'MatMul']}
+    options = options | {'OpTypesToExcludeOutputQuantization': floats}
     logging.root.setLevel(logging.ERROR)  # the quantiser reports every shared initialiser
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -258,8 +264,9 @@ def quantize(
     if unknown := sorted({*exclude} - {node.name for node in proto.graph.node}):
         raise InputError(f'The graph has no node {unknown[0]!r}; `rank_layers` lists the names.')
     keep = [*exclude, *_left_in_float(proto)]
+    if exclude: keep += [node.name for node in proto.graph.node if node.op_type in ('Relu', 'Clip')]
     if fit: _fit_weights(proto, pixels, 64 if reduce_range else 127, keep)
-    return _quantize_graph(proto, pixels, method, reduce_range, keep)
+    return _quantize_graph(proto, pixels, method, reduce_range, keep, bool(exclude))
 
 # %% ../nbs/10_quantize.ipynb #q1000007
 def _dequantised(proto: onnx.ModelProto, name: str, stored: dict, makers: dict) -> np.ndarray | None:
@@ -391,7 +398,7 @@ def _refuse(search: _Search, budget: float, largest: float, why: str) -> Quantiz
                          f'{100 * best.lost.value:.2f} points on {len(search.valid)} validation images (allowed: '
                          f'{100 * budget:.2f}) with {len(best.kept_float)} layers in float and '
                          f'{best.bytes / len(search.source):.0%} of the size; {why} '
-                         'Keep the float model, or train for 8 bits with `quantization_aware`.')
+                         'Keep the float model, or train for 8 bits with `QuantizationAware`.')
 
 
 def _search_layers(search: _Search, method: str, budget: float, largest: float) -> tuple[int, pd.DataFrame]:
@@ -434,3 +441,57 @@ def quantize_within(
     best = min(search.attempts, key=lambda a: a.lost.value).method
     chosen, layers = _search_layers(search, best, budget, largest)
     return Quantized(search.files[chosen], tuple(search.attempts), chosen, valid_targets is not None, layers)
+
+# %% ../nbs/10_quantize.ipynb #q1000013
+class _RoundedWeights(nn.Module):
+    "Weights as 8 or 7 bits for each output channel would have them; gradients pass through."
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+    def forward(self, weights: torch.Tensor) -> torch.Tensor:
+        scale = weights.detach().flatten(1).abs().amax(1).clamp_min(1e-9) / self.most
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weights, scale, zero, 0, -self.most, self.most)
+
+
+class _RoundedInputs:
+    "A hook that rounds a layer's inputs to 8 bits, over a range that follows the batches."
+    def __init__(self): self.low = self.high = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple) -> tuple:
+        x = inputs[0]
+        low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)
+        if self.low is None: self.low, self.high = low, high
+        elif layer.training:
+            self.low, self.high = self.low.lerp(low, 0.1), self.high.lerp(high, 0.1)
+        scale = float((self.high - self.low).clamp_min(1e-9)) / 255
+        zero = min(255, max(0, round(float(-self.low) / scale)))
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255), *inputs[1:]
+
+# %% ../nbs/10_quantize.ipynb #q1000014
+class QuantizationAware(Callback):
+    "Train with weights and inputs of every layer rounded as INT8 will round them; afterwards export as usual."
+    def __init__(
+        self,
+        bits: int = 7,  # of a weight: 7 as `quantize` makes them by default, 8 without `reduce_range`
+    ):
+        super().__init__()
+        if not 2 <= bits <= 8: raise InputError(f'Weights have 2 to 8 bits, not {bits}.')
+        self.most, self.layers = 64 if bits == 7 else 2**(bits - 1) - 1, []
+
+    def before_fit(self) -> None:
+        "Round from here on. Batch normalisation scales whole channels, so it changes nothing about the steps."
+        self.layers = [layer for layer in self.learn.model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        self.hooks = [layer.register_forward_pre_hook(_RoundedInputs()) for layer in self.layers]
+        for layer in self.layers: parametrize.register_parametrization(layer, 'weight', _RoundedWeights(self.most))
+
+    def after_fit(self) -> None:
+        "An ordinary network again, with the weights that it was judged with."
+        for hook in self.hooks: hook.remove()
+        for layer in self.layers: parametrize.remove_parametrizations(layer, 'weight')
+        self.layers = []
+
+    def after_cancel_fit(self) -> None:
+        "Also after an early end."
+        if self.layers: self.after_fit()

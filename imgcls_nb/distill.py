@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner
+from fastcore.basics import patch
 from torch import nn
 
 from .image import Preprocessing
@@ -86,22 +87,26 @@ class Distillation(Callback):
         self.learn.loss_grad = (1 - self.weight) * labels + self.weight * soft if self.weight < 1 else soft
         self.learn.loss = self.learn.loss_grad.clone()
 
-    def answers(
-        self,
-        images: torch.Tensor,  # as the student takes them, `float32 [N, C, H, W]`
-        own: Preprocessing,  # the student's
-    ) -> torch.Tensor:  # logits `[N, K]`
-        "What the teacher says about a batch of the student's."
-        images = images.as_subclass(torch.Tensor)
-        with torch.no_grad(): return self.teacher(for_teacher(images, own, self.theirs or own))
+# %% ../nbs/10b_distill.ipynb #b1000065
+@patch
+def answers(
+    self: Distillation,  # a teacher that listens
+    images: torch.Tensor,  # as the student takes them, `float32 [N, C, H, W]`
+    own: Preprocessing,  # the student's
+) -> torch.Tensor:  # logits `[N, K]`
+    "What the teacher says about a batch of the student's."
+    images = images.as_subclass(torch.Tensor)
+    with torch.no_grad(): return self.teacher(for_teacher(images, own, self.theirs or own))
 
-    def _check_classes(self) -> None:
-        "Raise `InputError` for a teacher of other classes."
-        student = list(self.dls.vocab)
-        if self.classes not in (None, student):
-            known, asked = [', '.join(map(str, classes)) for classes in (self.classes, student)]
-            raise InputError(f'The teacher knows the classes {known}, and the student shall learn {asked}: '
-                             'they must be the same, in this order.')
+
+@patch
+def _check_classes(self: Distillation) -> None:
+    "Raise `InputError` for a teacher of other classes."
+    student = list(self.dls.vocab)
+    if self.classes not in (None, student):
+        known, asked = [', '.join(map(str, classes)) for classes in (self.classes, student)]
+        raise InputError(f'The teacher knows the classes {known}, and the student shall learn {asked}: '
+                         'they must be the same, in this order.')
 
 # %% ../nbs/10b_distill.ipynb #b1000026
 class _Seen:

@@ -136,7 +136,7 @@ def prune_channels(
     if best is None: raise InputError(_why_not(model, keep, round_to, problem))
     return best.train(model.training)
 
-
+# %% ../nbs/10a_prune.ipynb #a1000065
 def _why_not(model: nn.Module, keep: float, round_to: int, problem: Exception | None) -> str:
     "Why no pruned network can be given, and what to do."
     name = type(_bare(model)).__name__

@@ -3,12 +3,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from imgcls_nb.bundle import load_bundle, open_session, run_session
 from imgcls_nb.data import digits
-from imgcls_nb.evaluate import predict_probabilities
-from imgcls_nb.export import to_onnx
-from imgcls_nb.runtimes import open_session, run_session
+from imgcls_nb.evaluate import evaluate, predict_probabilities
+from imgcls_nb.export import export, to_onnx
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.models import SmallCNN, _counted, create_model
 from imgcls_nb.prune import fit_to_weights, layer_times, prune_channels, pruned_learner
@@ -120,6 +121,10 @@ def test_a_pruned_learner_trains_exports_and_resumes_only_itself(tmp_path):
     p = half.dls.train.dataset.preprocessing
     pixels = half.dls[2].dataset.pixels
     assert np.allclose(run_session(open_session(to_onnx(half.model, p)), pixels), found, atol=1e-4)
+    bundle = export(half, evaluate(half), tmp_path/'bundle')
+    assert load_bundle(bundle.folder).record.architecture == 'small_cnn, pruned'
+    again = fit_to_weights(create_model('small_cnn', 10, 1), load_file(bundle.folder/'model.safetensors'))
+    assert widths(again) == bundle.record.recipe['pruned']['channels']
     other = pruned_learner(learn, 0.3, spread='uniform', round_to=1)
     with other.no_bar(), other.no_logging(), pytest.raises(InputError, match='another training'):
         train(other, 3, 5e-3, callbacks=(Checkpoint(tmp_path/'kept', resume=True),))

@@ -832,7 +832,8 @@ def _print_compression(done, bundle) -> None:
     if done.measured is not None:
         table = done.measured.table()
         rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
-        print_table(rows, ['version', *table.columns], f'{bundle.record.name}, {done.measured.images:,} test images')
+        title = f'{bundle.record.name}, {done.measured.images:,} test images'
+        print_table(rows, ['version', *table.columns], title)
     if not done.kept: return print(f'INT8 was refused: {done.refusal}')
     print(f'Used by default: {done.choice.name}, {done.choice.reason}')
     for name, why in done.choice.rejected.items(): print(f'Not {name}: {why}.')
@@ -849,10 +850,11 @@ def _milliseconds(text: str) -> float:
 
 def _add_compress(commands) -> None:
     "Options of `imgcls compress`."
+    examples = ('examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 --target-latency 5ms\n'
+                '  imgcls compress BUNDLE --calibration some_photos --test other_photos')
     p = commands.add_parser('compress', help='a smaller version of a bundle, kept if it is good enough',
                             formatter_class=_Format,
-                            epilog='examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 '
-                                   '--target-latency 5ms\n  imgcls compress BUNDLE --calibration some_photos --test other_photos')
+                            epilog=examples)
     p.add_argument('source', help="a run's folder, or a bundle")
     p.add_argument('--budget-accuracy', type=float, default=0.5, metavar='POINTS',
                    help='percentage points of accuracy that may be lost')

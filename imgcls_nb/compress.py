@@ -75,10 +75,12 @@ def _praise(measured: Variants, best: str, equals: int) -> str:
     if len(measured) == 1: return 'it is the only version.'
     v, reference = measured[best], measured[measured.reference]
     if best == measured.reference: return 'no smaller version is both faster and within the limits.'
-    lost = f'{-100 * v.difference.value:+.2f} points lost' if v.difference.value else 'nothing lost'
+    lost = f'{abs(100 * v.difference.value):.2f} points {"lost" if v.difference.value < 0 else "won"}'
+    if not v.difference.value: lost = 'nothing lost'
     return (f'{"the smallest of the fastest" if equals > 1 else "the fastest"} within the limits: '
-            f'{v.latency_ms:.3g} ms instead of {reference.latency_ms:.3g} ms, {v.bytes / 1e3:,.0f} kB instead '
-            f'of {reference.bytes / 1e3:,.0f} kB, {lost} on {measured.images:,} images.')
+            f'{v.latency_ms:.3g} ms instead of {reference.latency_ms:.3g} ms, '
+            f'{v.bytes / 1e3:,.0f} kB instead of {reference.bytes / 1e3:,.0f} kB, '
+            f'{lost} on {measured.images:,} images.')
 
 
 def _no_choice(measured: Variants, broken: dict[str, str], budget: float) -> Choice:

@@ -262,20 +262,22 @@ def plot_variants(
 ) -> plt.Figure:
     "Accuracy against cost; the circles' areas are the files' sizes, filled ones are on the Pareto front."
     frame, best = measured.frame(), front(measured, cost)
-    figure, axis = plt.subplots(figsize=(6.8, 3.6), layout='constrained')
-    x, areas = frame[cost] / _UNITS[cost], 30 + 400 * frame.bytes / frame.bytes.max()
+    figure, axis = plt.subplots(figsize=(7.4, 3.4), layout='constrained')
+    x, areas = frame[cost] / _UNITS[cost], 90 + 400 * frame.bytes / frame.bytes.max()
     line = frame.loc[best]
     axis.plot(line[cost] / _UNITS[cost], 100 * line.accuracy, '-', color='#999999', lw=1, zorder=1)
-    for i, (name, v) in enumerate(measured.each.items()):
+    for i, (name, v) in enumerate(measured.each.items(), 1):
         y = 100 * v.accuracy.value
         axis.vlines(x[name], 100 * v.accuracy.low, 100 * v.accuracy.high, color='#0072B2', lw=1, zorder=2)
-        axis.scatter(x[name], y, areas[name], edgecolors='#0072B2', zorder=3,
+        axis.scatter(x[name], y, areas[name], edgecolors='#0072B2', zorder=3, alpha=0.9,
                      facecolors='#56B4E9' if name in best else 'white')
-        axis.annotate(name, (x[name], y), (7, 8 if i % 2 else -16), textcoords='offset points', fontsize=9)
+        axis.annotate(f'{i}', (x[name], y), ha='center', va='center', fontsize=8, zorder=4)
+        axis.plot([], [], ' ', label=f'{i}  {name}')
     _log_axis(axis)
     axis.set(xlabel=_COSTS[cost], ylabel=_axis_label(measured),
              title=title or f'{len(best)} of {len(measured)} versions are worth a look')
-    axis.margins(x=0.2, y=0.15)
+    axis.margins(x=0.1, y=0.1)
+    axis.legend(handlelength=0, handletextpad=0, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
     plt.close(figure)
     return figure
 

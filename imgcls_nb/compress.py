@@ -174,6 +174,11 @@ class Compression:
         return self.small.lost.value if self.small else None
 
 
+def _resolvable(budget: float, images: int) -> float:
+    "The budget, or one image where that is more: nothing finer can be seen. Below 100 images, no such favour."
+    return max(budget, 1 / images) if budget >= 0 and images >= 100 else budget
+
+
 def _proven_loss(measured: Variants, budget: float) -> str:
     "The veto of the test images; an empty text where they do not prove a loss."
     difference = measured['onnx-int8'].difference
@@ -191,10 +196,11 @@ def compress(
     "Make an INT8 version under guard, decide, measure on the test images, and keep it if it is good."
     images = data if isinstance(data, CompressionImages) else images_of(bundle, data)
     source = (bundle.folder/bundle.record.runtimes['onnx'].file).read_bytes()
-    try: small = quantize_within(source, images.calibration, images.valid, images.valid_targets, budget)
+    allowed = _resolvable(budget, len(images.valid))
+    try: small = quantize_within(source, images.calibration, images.valid, images.valid_targets, allowed)
     except QuantizeError as error: return _refuse(bundle, str(error))
     graphs = {'onnx': source, 'onnx-int8': small.data}
-    choice = choose(measure_variants(graphs, images.valid, images.valid_targets), budget, latency_ms)
+    choice = choose(measure_variants(graphs, images.valid, images.valid_targets), allowed, latency_ms)
     measured = measure_variants(graphs, images.test, images.test_targets)
     limits, refusal = (None, None), _proven_loss(measured, budget)
     try: limits = _own_thresholds(bundle, small.data, images)

@@ -21,6 +21,7 @@ from imgcls_nb.slices import *
 from imgcls_nb.explain import *
 from imgcls_nb.runtimes import *
 from imgcls_nb.bundle import *
+from imgcls_nb.hub import *
 from imgcls_nb.export import *
 from imgcls_nb.formats import *
 from imgcls_nb.quantize import *

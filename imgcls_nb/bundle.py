@@ -225,15 +225,17 @@ def _metrics_table(record: BundleRecord) -> list[str]:
 
 def _share(figure: Figure | None) -> tuple[str, str]:
     "A share and its interval in percent; dashes where it was not measured."
-    return ('–', '–') if figure is None else (f'{figure.value:.1%}', f'{figure.low:.1%} to {figure.high:.1%}')
+    if figure is None: return '–', '–'
+    return f'{figure.value:.1%}', f'{figure.low:.1%} to {figure.high:.1%}'
 
 
 def _runtimes_table(record: BundleRecord) -> list[str]:
     "Every way to run the model, as measured."
-    header = ['runtime', 'engine', 'file', 'kB', 'test accuracy', '95% interval', 'largest difference', 'median, ms',
-              'p95, ms']
+    header = ['runtime', 'engine', 'file', 'kB', 'test accuracy', '95% interval', 'largest difference',
+              'median, ms', 'p95, ms']
     return _table(header, [
-        (name, r.engine + (', 16 bits' if r.half else ''), r.file, f'{r.bytes / 1e3:,.1f}', *_share(r.accuracy),
+        (name, r.engine + (', 16 bits' if r.half else ''), r.file, f'{r.bytes / 1e3:,.1f}',
+         *_share(r.accuracy),
          f'{r.parity.max_difference:.1e}', f'{r.latency_ms:.3g}', f'{r.latency_ms_p95:.3g}')
         for name, r in record.runtimes.items()])
 
@@ -310,7 +312,7 @@ def _no_number(name: str): raise ValueError(f'{name} is not a number in JSON')
 
 
 def _read_plain(path: Path, limit: int) -> bytes:
-    "A file's content; raises `InputError` for what is no file or too large, `OSError` where there is nothing."
+    "A file's content; `InputError` for what is no file or too large, `OSError` where there is nothing."
     if path.is_symlink(): raise InputError(f'{path} is a link; a bundle holds its files itself.')
     if not stat.S_ISREG(os.lstat(path).st_mode): raise InputError(f'{path} is not a plain file.')
     with open(os.open(path, _READ), 'rb') as file:  # whatever was put there since: no link, no waiting

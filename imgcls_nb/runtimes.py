@@ -44,15 +44,16 @@ def _external(message) -> bool:
     "Whether anything inside an ONNX message is kept in another file, or is a program for one device."
     if getattr(message, 'op_type', '') == 'EPContext': return True
     if getattr(message, 'external_data', None) or getattr(message, 'data_location', 0): return True
-    return any(_external(part) for field, value in message.ListFields() if field.message_type is not None
-               for part in (value if isinstance(value, Sequence) or hasattr(value, '__len__') else [value]))
+    parts = [value for field, value in message.ListFields() if field.message_type is not None]
+    lists = (value if hasattr(value, '__len__') else [value] for value in parts)
+    return any(_external(part) for each in lists for part in each)
 
 
 def check_self_contained(
     data: bytes,  # an ONNX file's content
     name: str | Path = 'The data',  # what to call it
 ) -> None:
-    "Raise `InputError` for an ONNX file that has the engine open other files: a bundle's graph holds all it needs."
+    "Raise `InputError` for an ONNX file that would have an engine open other files."
     if not any(word in data for word in (b'location', b'EPContext')): return
     import onnx
     try: external = _external(onnx.load_from_string(data))
@@ -106,7 +107,8 @@ def run_outputs(
 ) -> dict[str, np.ndarray]:  # `probabilities` `[N, K]`, and `familiarity` `[N]` where the graph has it
     "Everything that a graph gives for prepared pixels."
     names = [port.name for port in session.get_outputs()]
-    return _in_batches(lambda batch: dict(zip(names, session.run(names, {'pixels': batch}))), pixels, batch_size)
+    def run(batch): return dict(zip(names, session.run(names, {'pixels': batch})))
+    return _in_batches(run, pixels, batch_size)
 
 
 def _in_batches(run: Callable[[np.ndarray], dict], pixels: np.ndarray, size: int) -> dict[str, np.ndarray]:
@@ -254,8 +256,8 @@ class TensorRtEngine(_OnGpu):
     provider = 'TensorrtExecutionProvider'
 
     def providers(self, half):
-        options = {'trt_fp16_enable': str(half)}
-        return [(self.provider, options), ('CUDAExecutionProvider', {'use_tf32': '0'}), 'CPUExecutionProvider']
+        return [(self.provider, {'trt_fp16_enable': str(half)}),
+                ('CUDAExecutionProvider', {'use_tf32': '0'}), 'CPUExecutionProvider']
 
 # %% ../nbs/08a_runtimes.ipynb #b8a0000f
 class _PerThread(threading.local):

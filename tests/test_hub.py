@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.numpy import save
 
 from imgcls_nb.bundle import Figure, load_bundle, model_card, sha256, write_bundle
-from imgcls_nb.hub import check_card, check_safetensors, from_hub, hub_operations, push_to_hub
+from imgcls_nb.hub import check_card, check_safetensors, pull_from_hub, hub_operations, push_to_hub
 from imgcls_nb.run import InputError
 from test_bundle import GRAPH, PIXELS, Trap, record
 
@@ -88,7 +88,7 @@ def test_there_and_back(hub, bundle, tmp_path):
     address = push_to_hub(bundle, 'you/pets', **hub.options)
     assert COMMIT in address and set(hub.files) == {'bundle.json', 'README.md', 'model.onnx', 'model.safetensors'}
     hub.files['extra.pkl'] = b'never asked for'
-    back = from_hub('you/pets', folder=tmp_path/'back', **hub.options)
+    back = pull_from_hub('you/pets', folder=tmp_path/'back', **hub.options)
     assert back.record == bundle.record and load_bundle(back.folder).record == bundle.record
     assert (back.predictor().probabilities(PIXELS) == bundle.predictor().probabilities(PIXELS)).all()
     assert {path.name for path in back.folder.iterdir()} == {'bundle.json', 'README.md', 'model.onnx', 'model.safetensors'}
@@ -100,21 +100,21 @@ def test_there_and_back(hub, bundle, tmp_path):
 
 def test_the_default_folder_and_a_second_time(hub, bundle, tmp_path):
     push_to_hub(bundle, 'you/pets', **hub.options)
-    assert from_hub('you/pets', 'v1', **hub.options).folder.resolve() == tmp_path/'pets'
+    assert pull_from_hub('you/pets', 'v1', **hub.options).folder.resolve() == tmp_path/'pets'
     assert any('/revision/v1' in call for call in hub.server.calls)
-    from_hub('you/pets', **hub.options)  # an older bundle is replaced
+    pull_from_hub('you/pets', **hub.options)  # an older bundle is replaced
     (tmp_path/'pets'/'mine.txt').write_text('notes')
-    with pytest.raises(InputError, match='mine.txt'): from_hub('you/pets', **hub.options)
+    with pytest.raises(InputError, match='mine.txt'): pull_from_hub('you/pets', **hub.options)
 
 
 def test_what_changed_on_the_way_is_refused(hub, bundle, tmp_path):
     push_to_hub(bundle, 'you/pets', **hub.options)
     hub.files['model.onnx'] = GRAPH[:-1] + b'x'
-    with pytest.raises(InputError, match='checksum differs'): from_hub('you/pets', folder=tmp_path/'back', **hub.options)
+    with pytest.raises(InputError, match='checksum differs'): pull_from_hub('you/pets', folder=tmp_path/'back', **hub.options)
     del hub.files['model.onnx']
-    with pytest.raises(InputError, match='model.onnx'): from_hub('you/pets', folder=tmp_path/'back', **hub.options)
+    with pytest.raises(InputError, match='model.onnx'): pull_from_hub('you/pets', folder=tmp_path/'back', **hub.options)
     hub.files['bundle.json'] = b'{}'
-    with pytest.raises(InputError, match='damaged'): from_hub('you/pets', folder=tmp_path/'back', **hub.options)
+    with pytest.raises(InputError, match='damaged'): pull_from_hub('you/pets', folder=tmp_path/'back', **hub.options)
     assert not (tmp_path/'back').exists() and not list(tmp_path.glob('.back*'))
 
 
@@ -124,7 +124,7 @@ def test_a_record_that_leads_outside(hub, bundle, tmp_path):
         raw = json.loads(hub.files['bundle.json'])
         raw['checksums'][name] = '0' * 64
         hub.files['bundle.json'], before = json.dumps(raw).encode(), hub.files['bundle.json']
-        with pytest.raises(InputError, match='outside the bundle'): from_hub('you/pets', folder=tmp_path/'back', **hub.options)
+        with pytest.raises(InputError, match='outside the bundle'): pull_from_hub('you/pets', folder=tmp_path/'back', **hub.options)
         hub.files['bundle.json'] = before
 
 
@@ -135,7 +135,7 @@ def test_a_pickle_on_the_hub_is_not_opened(hub, bundle, tmp_path):
     raw = json.loads(hub.files['bundle.json'])
     raw['checksums']['pytorch_model.bin'] = sha256(hub.files['pytorch_model.bin'])
     hub.files['bundle.json'] = json.dumps(raw).encode()
-    back = from_hub('you/pets', folder=tmp_path/'back', **hub.options)  # listed, so fetched and compared, as bytes
+    back = pull_from_hub('you/pets', folder=tmp_path/'back', **hub.options)  # listed, so fetched and compared, as bytes
     assert back.predictor().probabilities(PIXELS).shape == (5, 3) and not (tmp_path/'sprung').exists()
 
 
@@ -143,7 +143,7 @@ def test_a_pickle_on_the_hub_is_not_opened(hub, bundle, tmp_path):
 def test_what_the_hub_says_is_one_sentence(hub, bundle, tmp_path, monkeypatch, status, words):
     hub.server.status = status
     monkeypatch.setattr('time.sleep', lambda seconds: None)  # the client tries a 500 again
-    for call in (lambda: push_to_hub(bundle, 'you/pets', **hub.options), lambda: from_hub('you/pets', folder=tmp_path/'back', **hub.options)):
+    for call in (lambda: push_to_hub(bundle, 'you/pets', **hub.options), lambda: pull_from_hub('you/pets', folder=tmp_path/'back', **hub.options)):
         with pytest.raises(InputError, match=words) as found: call()
         assert '\n' not in str(found.value) and 'hf_no_secret' not in str(found.value)
 
@@ -151,13 +151,13 @@ def test_what_the_hub_says_is_one_sentence(hub, bundle, tmp_path, monkeypatch, s
 def test_without_a_network_it_says_so(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(InputError, match='offline'): push_to_hub(bundle, 'you/pets')
-    with pytest.raises(InputError, match='offline'): from_hub('you/pets', folder=tmp_path/'back')
+    with pytest.raises(InputError, match='offline'): pull_from_hub('you/pets', folder=tmp_path/'back')
 
 
 @pytest.mark.parametrize('name', ['', 'a/b/c', '../x', 'you/pets.git', 'you/-pets', 'you/pe ts', 'x' * 100])
 def test_impossible_names(bundle, name):
     with pytest.raises(InputError): push_to_hub(bundle, name)
-    with pytest.raises(InputError): from_hub(name)
+    with pytest.raises(InputError): pull_from_hub(name)
 
 
 def test_only_whole_bundles_are_sent(bundle):

@@ -451,7 +451,7 @@ def _check_formats(names: list[str]) -> None:
     from imgcls_nb.formats import check_format
     for name in names: check_format(name)
 
-
+# %% ../nbs/21_cli.ipynb #e0900010a
 def _more_formats(bundle, names: list[str], pixels, targets, screen: Screen):
     "The bundle with more runtimes; what was proven before one fails stays."
     from imgcls_nb.formats import FORMATS, add_format
@@ -500,7 +500,7 @@ def _own_weights(args: argparse.Namespace):
     bundle = export_module(model, data.classes, p, data, args.out, name=data.name, architecture=args.arch)
     return bundle, *_prepared(bundle, data)
 
-
+# %% ../nbs/21_cli.ipynb #e0900011a
 def _own_preprocessing(args: argparse.Namespace):
     "What the weights were trained with, as far as it is said; otherwise what timm's own weights expect."
     from dataclasses import replace

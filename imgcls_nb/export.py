@@ -39,6 +39,7 @@ from skimage import data as photographs
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+# %% ../nbs/09_export.ipynb #7da5a1fca
 from .bundle import (Bundle, BundleRecord, CalibrationRecord, Decision, Figure, Parity,
                               PromiseRecord, Runtime, sha256, write_bundle)
 from .calibrate import (Calibration, Familiarity, Promise, Thresholds, calibration_error,
@@ -469,7 +470,7 @@ def _read_tensors(path: Path) -> object:
         warnings.simplefilter('ignore')
         return torch.load(path, map_location='cpu', weights_only=True)
 
-
+# %% ../nbs/09_export.ipynb #ea900031a
 def _only_tensors(found: object, path: Path) -> dict[str, torch.Tensor]:
     "The state dict, wherever the usual programs put it; names without the prefix of several processes."
     for key in ('model', 'state_dict', 'model_state_dict', 'model_ema'):
@@ -545,7 +546,7 @@ def _known_names(classes: Sequence[str], ids: Sequence[str], names: Sequence[str
         for part in (names[number] if names else label).split(','): levels[2][_plain_name(part)].add(number)
     return levels
 
-
+# %% ../nbs/09_export.ipynb #ea900041a
 def match_classes(
     folders: Sequence[str],  # names, as of the folders that hold the images of one class each
     classes: Sequence[str] | Bundle,  # what the network answers; a zoo's bundle knows more names
@@ -627,7 +628,7 @@ def _try_model(model: nn.Module, p: Preprocessing, pixels: np.ndarray, classes: 
     _check_output(found, len(x), classes, output)
     return model if output == 'logits' else _Logarithms(model)
 
-
+# %% ../nbs/09_export.ipynb #ea900043a
 def _pixels_of(images, p: Preprocessing, classes: Sequence[str],
                targets) -> tuple[np.ndarray, np.ndarray | None, dict]:
     "Prepared pixels, class numbers where they are known, and what the record says about the images."
@@ -682,7 +683,7 @@ def export_module(
     record = _module_record(name, architecture, classes, p, runtime, facts)
     return write_bundle(folder, record, {'model.onnx': data, 'model.safetensors': model_bytes(model)})
 
-
+# %% ../nbs/09_export.ipynb #ea900044a
 def _module_record(name: str, architecture: str, classes: list[str], p: Preprocessing,
                    runtime: Runtime, data: dict) -> BundleRecord:
     "What is known about a network that came from elsewhere."
@@ -717,7 +718,7 @@ def zoo_classes(
 PHOTOGRAPHS = ('astronaut chelsea coffee rocket retina hubble_deep_field immunohistochemistry brick '
                'grass').split()
 
-
+# %% ../nbs/09_export.ipynb #ea900051a
 def photograph_crops(
     p: Preprocessing,  # size, crop and interpolation
     each: int = 6,  # crops of each photograph

@@ -74,7 +74,7 @@ def to_tflite(
         raise ExportError(f'litert-torch cannot convert this network ({_reason(error)}). Choose another '
                           'architecture. Nothing was added to the bundle.') from error
 
-
+# %% ../nbs/09a_formats.ipynb #ff900012a
 def _in_8_bits(data: bytes, pixels: np.ndarray) -> bytes:
     "Weights and activations of a LiteRT file in 8 bits; softmax, input and output stay as they are."
     from ai_edge_quantizer import qtyping, quantizer, recipe
@@ -134,7 +134,7 @@ def _expected(bundle: Bundle, whole: nn.Module | None, pixels: np.ndarray) -> di
     if whole is None: return bundle.predictor().outputs(pixels)
     return dict(zip(('probabilities', 'familiarity'), _run_whole(whole, pixels)))
 
-
+# %% ../nbs/09a_formats.ipynb #ff900014a
 def add_format(
     bundle: Bundle,  # with its ONNX file
     name: str,  # one of `FORMATS`
@@ -164,7 +164,7 @@ def _check_same_network(bundle: Bundle, whole: nn.Module, pixels: np.ndarray) ->
         raise InputError(f'This is not the network of {bundle.folder}: its probabilities differ from '
                          f'those of model.onnx by up to {found.max_difference:.2g}. Nothing was added.')
 
-
+# %% ../nbs/09a_formats.ipynb #ff900014b
 def _calibration_pixels(name: str, wanted: Format, calibration: np.ndarray | None,
                         pixels: np.ndarray) -> np.ndarray | None:
     "Images that choose the 8-bit ranges; refused if there are none, or the proof has some of them."

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from imgcls_nb.bundle import load_bundle, open_session, run_session
+from imgcls_nb.bundle import load_bundle
 from imgcls_nb.data import digits
 from imgcls_nb.evaluate import evaluate, predict_probabilities
 from imgcls_nb.export import export, to_onnx
@@ -14,6 +14,7 @@ from imgcls_nb.image import Preprocessing
 from imgcls_nb.models import SmallCNN, _counted, create_model
 from imgcls_nb.prune import fit_to_weights, layer_times, prune_channels, pruned_learner
 from imgcls_nb.run import InputError
+from imgcls_nb.runtimes import open_session, run_session
 from imgcls_nb.train import Checkpoint, image_learner, train
 
 NETWORKS = [('simple_cnn', 1, 16), ('small_cnn', 1, 16), ('resnet18', 1, 32), ('mobilenetv3_small_100', 3, 64),

@@ -175,7 +175,7 @@ class Compression:
 
 
 def _resolvable(budget: float, images: int) -> float:
-    "The budget, or one image where that is more: nothing finer can be seen. Below 100 images, no such favour."
+    "The budget, or one image where that is more and 100 images or more decide: nothing finer can be seen."
     return max(budget, 1 / images) if budget >= 0 and images >= 100 else budget
 
 

@@ -6,8 +6,9 @@ Docs: https://imgcls.github.io/imgcls_nb/bundle.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'Record', 'Figure', 'Parity', 'PromiseRecord', 'Decision', 'Runtime', 'TaskRecord',
-           'PreprocessingRecord', 'CalibrationRecord', 'BundleRecord', 'bundle_schema', 'plain', 'model_card', 'sha256',
-           'Bundle', 'load_bundle', 'write_bundle', 'Prediction', 'Predictor', 'add_runtime', 'add_note', 'prefer']
+           'PreprocessingRecord', 'CalibrationRecord', 'BundleRecord', 'preferred_runtime', 'bundle_schema', 'plain',
+           'model_card', 'sha256', 'Bundle', 'load_bundle', 'write_bundle', 'Prediction', 'Predictor', 'add_runtime',
+           'add_note', 'prefer']
 
 # %% ../nbs/08_bundle.ipynb #b3992da8
 import hashlib
@@ -140,11 +141,18 @@ class BundleRecord(Record):
     versions: dict[str, str]  # of Python and the packages
     machine: dict[str, JsonValue]  # what the latencies were measured on
     runtimes: dict[str, Runtime] = Field(min_length=1)
-    preferred: str = 'onnx'  # the runtime that answers unless another is asked for
+    preferred: str | None = None  # the runtime that answers unless another is asked for
     calibration: CalibrationRecord | None = None  # none in a bundle of format 1
     licence: str | None = None  # of the classifier itself, as the hub names them: apache-2.0, mit
     notes: list[str] = Field(default_factory=list)  # what a person should know: a runtime that was refused
     checksums: dict[str, Annotated[str, Field(pattern='^[0-9a-f]{64}$')]]  # SHA-256 of every other file
+
+
+def preferred_runtime(
+    record: BundleRecord,  # of a bundle
+) -> str:  # a name of its runtimes
+    "The runtime that answers unless another is asked for: the one that was chosen, else `onnx`, else the first."
+    return record.preferred or ('onnx' if 'onnx' in record.runtimes else next(iter(record.runtimes)))
 
 # %% ../nbs/08_bundle.ipynb #b8b00004
 def bundle_schema() -> dict:  # JSON Schema, draft 2020-12
@@ -285,7 +293,7 @@ def _card_body(record: BundleRecord) -> str:
              '## Runtimes', '', *_runtimes_table(record), '',
              f'Times for one image on {plain(hardware.get("processor"))}, '
              f'{plain(hardware.get("cores"))} cores. Unless another is asked for, '
-             f'{plain(record.preferred)} answers.', '',
+             f'{plain(preferred_runtime(record))} answers.', '',
              *(f'> {plain(note)}\n' for note in record.notes), '## Use', '',
              '    from imgcls_nb.bundle import load_bundle',
              "    load_bundle('this folder').predictor()('picture.png')", '']
@@ -430,7 +438,7 @@ def load_bundle(
         if runtime.file not in record.checksums:
             raise InputError(f'{folder/"bundle.json"} is damaged: '
                              f'the runtime {name[:100]!r} has no file in the bundle.')
-    if record.preferred not in record.runtimes:
+    if preferred_runtime(record) not in record.runtimes:
         raise InputError(f'{folder/"bundle.json"} is damaged: it prefers {record.preferred[:100]!r}, '
                          'which is none of its runtimes.')
     return Bundle(folder, record)
@@ -533,7 +541,7 @@ class Predictor:
         runtime: str | None = None,  # a name of `bundle.record.runtimes`; the preferred one by default
         threads: int | None = None,  # processors for one call; all by default
     ):
-        runtime = runtime or bundle.record.preferred
+        runtime = runtime or preferred_runtime(bundle.record)
         if runtime not in bundle.record.runtimes:
             raise InputError(f'This bundle has no runtime {runtime!r}: '
                              f'choose one of {", ".join(bundle.record.runtimes)}.')

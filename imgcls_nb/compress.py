@@ -200,7 +200,8 @@ def compress(
     try: small = quantize_within(source, images.calibration, images.valid, images.valid_targets, allowed)
     except QuantizeError as error: return _refuse(bundle, str(error))
     graphs = {'onnx': source, 'onnx-int8': small.data}
-    choice = choose(measure_variants(graphs, images.valid, images.valid_targets), allowed, latency_ms)
+    decided = measure_variants(graphs, images.valid, images.valid_targets, batches=(1,))
+    choice = choose(decided, allowed, latency_ms)
     measured = measure_variants(graphs, images.test, images.test_targets)
     limits, refusal = (None, None), _proven_loss(measured, budget)
     try: limits = _own_thresholds(bundle, small.data, images)

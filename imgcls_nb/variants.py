@@ -222,6 +222,7 @@ def measure_variants(
     targets: np.ndarray | None = None,  # their classes; without them, the reference's answers stand in
     reference: str | None = None,  # what the others are compared with; the first by default
     turns: int = 20,  # of ten timed images each
+    batches: Sequence[int] = BATCHES,  # images in one call, to find the highest throughput
     threads: int | None = None,  # processors for one call; all by default
 ) -> Variants:
     "Size, arithmetic, time and accuracy of every version, on the same images, before the same clock."
@@ -231,7 +232,7 @@ def measure_variants(
     found = _accuracies(answers, answers[reference] if targets is None else targets, reference)
     calls = {name: _of_size(session, pixels, 1) for name, session in sessions.items()}
     milliseconds = time_in_turns(calls, turns)
-    rates = throughputs(sessions, pixels)
+    rates = throughputs(sessions, pixels, batches)
     each = {}
     for name, model in graphs.items():
         median, p95 = np.percentile(milliseconds[name], [50, 95])

@@ -21,7 +21,9 @@ from imgcls_nb.slices import *
 from imgcls_nb.explain import *
 from imgcls_nb.runtimes import *
 from imgcls_nb.bundle import *
+from imgcls_nb.hub import *
 from imgcls_nb.export import *
+from imgcls_nb.formats import *
 from imgcls_nb.variants import *
 from imgcls_nb.quantize import *
 from imgcls_nb.prune import *

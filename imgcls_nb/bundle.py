@@ -7,7 +7,7 @@ Docs: https://imgcls.github.io/imgcls_nb/bundle.html.md"""
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'Record', 'Figure', 'Parity', 'PromiseRecord', 'Decision', 'Runtime', 'TaskRecord',
            'PreprocessingRecord', 'CalibrationRecord', 'BundleRecord', 'bundle_schema', 'plain', 'model_card', 'sha256',
-           'Bundle', 'load_bundle', 'write_bundle', 'Prediction', 'Predictor', 'add_runtime', 'add_note']
+           'Bundle', 'load_bundle', 'write_bundle', 'Prediction', 'Predictor', 'add_runtime', 'add_note', 'prefer']
 
 # %% ../nbs/08_bundle.ipynb #b3992da8
 import hashlib
@@ -140,6 +140,7 @@ class BundleRecord(Record):
     versions: dict[str, str]  # of Python and the packages
     machine: dict[str, JsonValue]  # what the latencies were measured on
     runtimes: dict[str, Runtime] = Field(min_length=1)
+    preferred: str = 'onnx'  # the runtime that answers unless another is asked for
     calibration: CalibrationRecord | None = None  # none in a bundle of format 1
     licence: str | None = None  # of the classifier itself, as the hub names them: apache-2.0, mit
     notes: list[str] = Field(default_factory=list)  # what a person should know: a runtime that was refused
@@ -185,11 +186,12 @@ def _front_matter(record: BundleRecord) -> str:
     "The lines for model hubs, in YAML."
     formats = {Path(runtime.file).suffix[1:] for runtime in record.runtimes.values()}
     tags = ['image-classification', record.architecture, *sorted(formats)]
-    facts = dict(library_name='imgcls_nb', pipeline_tag='image-classification', tags=tags)
+    facts = dict(tags=tags)
     if record.licence: facts['license'] = record.licence
     if found := _HUB_NAME.match(str(record.data.get('source'))): facts['datasets'] = [found[1]]
     if record.metrics: facts['model-index'] = _model_index(record)
-    return '\n'.join(['---', *(f'{name}: {_yaml(value)}' for name, value in facts.items()), '---', ''])
+    return '\n'.join(['---', 'library_name: imgcls_nb', 'pipeline_tag: image-classification',
+                      *(f'{name}: {_yaml(value)}' for name, value in facts.items()), '---', ''])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
@@ -280,7 +282,8 @@ def _card_body(record: BundleRecord) -> str:
              '## When it says not sure', '', *_doubts(record), '',
              '## Runtimes', '', *_runtimes_table(record), '',
              f'Times for one image on {plain(hardware.get("processor"))}, '
-             f'{plain(hardware.get("cores"))} cores.', '',
+             f'{plain(hardware.get("cores"))} cores. Unless another is asked for, '
+             f'{plain(record.preferred)} answers.', '',
              *(f'> {plain(note)}\n' for note in record.notes), '## Use', '',
              '    from imgcls_nb.bundle import load_bundle',
              "    load_bundle('this folder').predictor()('picture.png')", '']
@@ -402,7 +405,7 @@ class Bundle:
     @property
     def preprocessing(self) -> Preprocessing: return Preprocessing(**self.record.preprocessing.model_dump())
 
-    def predictor(self, runtime: str = 'onnx', threads: int | None = None) -> 'Predictor':
+    def predictor(self, runtime: str | None = None, threads: int | None = None) -> 'Predictor':
         "What answers questions about images: see `Predictor`."
         return Predictor(self, runtime, threads)
 
@@ -425,6 +428,9 @@ def load_bundle(
         if runtime.file not in record.checksums:
             raise InputError(f'{folder/"bundle.json"} is damaged: '
                              f'the runtime {name[:100]!r} has no file in the bundle.')
+    if record.preferred not in record.runtimes:
+        raise InputError(f'{folder/"bundle.json"} is damaged: it prefers {record.preferred[:100]!r}, '
+                         'which is none of its runtimes.')
     return Bundle(folder, record)
 
 # %% ../nbs/08_bundle.ipynb #e731e942
@@ -522,9 +528,10 @@ class Predictor:
     def __init__(
         self,
         bundle: Bundle,  # what to run
-        runtime: str = 'onnx',  # a name of `bundle.record.runtimes`
+        runtime: str | None = None,  # a name of `bundle.record.runtimes`; the preferred one by default
         threads: int | None = None,  # processors for one call; all by default
     ):
+        runtime = runtime or bundle.record.preferred
         if runtime not in bundle.record.runtimes:
             raise InputError(f'This bundle has no runtime {runtime!r}: '
                              f'choose one of {", ".join(bundle.record.runtimes)}.')
@@ -630,3 +637,17 @@ def add_note(
 ) -> Bundle:  # the bundle as it is now
     "Put one more remark into a bundle's record and its model card."
     return _rewrite(bundle, bundle.record.model_copy(update=dict(notes=[*bundle.record.notes, note])), {})
+
+# %% ../nbs/08_bundle.ipynb #08c00002
+def prefer(
+    bundle: Bundle,  # an existing bundle
+    runtime: str,  # one of its runtimes
+    reason: str,  # one sentence, for the card
+) -> Bundle:  # the bundle as it is now
+    "Make a runtime the one that answers unless another is asked for."
+    if runtime not in bundle.record.runtimes:
+        raise InputError(f'This bundle has no runtime {runtime!r}: '
+                         f'choose one of {", ".join(bundle.record.runtimes)}.')
+    earlier = [note for note in bundle.record.notes if not note.startswith('Used by default: ')]
+    notes = [*earlier, f'Used by default: {runtime}, {reason}']
+    return _rewrite(bundle, bundle.record.model_copy(update=dict(preferred=runtime, notes=notes)), {})

@@ -6,8 +6,8 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
-           'data_command', 'models_command', 'compare_command', 'predict_command', 'serve_command', 'doctor_command',
-           'make_parser', 'main']
+           'data_command', 'models_command', 'compare_command', 'export_command', 'predict_command', 'serve_command',
+           'doctor_command', 'compress_command', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -254,7 +254,7 @@ RUNTIME_HEADING = ['runtime', 'size, MB', 'test accuracy', '95% interval', 'larg
 def _runtime_rows(compression) -> list[list[str]]:
     "One row for each runtime, an INT8 version that was refused included."
     runtimes = dict(compression.bundle.record.runtimes)
-    if not compression.kept: runtimes['onnx-int8, refused'] = compression.runtime
+    if compression.runtime and not compression.kept: runtimes['onnx-int8, refused'] = compression.runtime
     def share(figure): return ('–', '–') if figure is None else (
         f'{figure.value:.2%}', f'{figure.low:.2%} to {figure.high:.2%}')
     return [[name, f'{r.bytes / 1e6:.3f}', *share(r.accuracy), f'{r.parity.max_difference:.1e}',
@@ -297,7 +297,7 @@ def _summary(run: Run, report, compression, task) -> dict:
                 bundle=str(run.bundle), report=str(run.report), requirements=[asdict(r) for r in asked],
                 runtimes={name: r.model_dump() for name, r in runtimes.items()},
                 int8=dict(kept=compression.kept, validation_loss=compression.loss,
-                          **compression.runtime.model_dump()),
+                          **(compression.runtime.model_dump() if compression.runtime else {})),
                 calibration=record.calibration.model_dump(), runtime_table=_runtime_rows(compression))
 
 
@@ -425,6 +425,144 @@ def _print_comparison(found, needed: int | None) -> None:
     print(f'{found.verdict}.')
     if needed and needed > found.images:
         print(f'To see a difference of this size takes {needed:,} images.')
+
+# %% ../nbs/21_cli.ipynb #e0900010
+def export_command(args: argparse.Namespace) -> int:
+    "`imgcls export`: more formats for a bundle, a bundle of the zoo, or a bundle of your own weights."
+    screen = Screen(quiet=args.json)
+    formats = [name for name in args.to.split(',') if name != 'onnx']
+    if formats: _check_formats(formats)
+    if sum(map(bool, (args.source, args.zoo, args.weights))) != 1:
+        raise InputError('Name one of these: a run or a bundle, --zoo NAME, or --weights FILE '
+                         '(imgcls export --help).')
+    if not args.source and not args.out: raise InputError('Say with --out FOLDER where the bundle will be.')
+    if args.source and not formats:
+        raise InputError('A run and a bundle hold an ONNX file already: say with --to what else, such as '
+                         'openvino.')
+    with screen.bar('export'):
+        bundle, pixels, targets = (_zoo if args.zoo else _own_weights if args.weights else _exported)(args)
+    if formats: bundle = _more_formats(bundle, formats, pixels, targets, screen)
+    _print_export(bundle, args.json)
+    return 0
+
+
+def _check_formats(names: list[str]) -> None:
+    "Refuse what cannot be written or run here before anything else is done."
+    from imgcls_nb.formats import check_format
+    for name in names: check_format(name)
+
+
+def _more_formats(bundle, names: list[str], pixels, targets, screen: Screen):
+    "The bundle with more runtimes; what was proven before one fails stays."
+    from imgcls_nb.formats import FORMATS, add_format
+    half = {part: (pixels[part::2], None if targets is None else targets[part::2]) for part in (0, 1)}
+    for name in names:
+        with screen.bar(name):
+            if not FORMATS[name].calibrated: bundle = add_format(bundle, name, pixels, targets)
+            else: bundle = add_format(bundle, name, *half[0], calibration=half[1][0])
+    return bundle
+
+
+def _print_export(bundle, as_json: bool) -> None:
+    "Where the bundle is, and what every runtime was measured to do."
+    runtimes = bundle.record.runtimes
+    if as_json:
+        facts = dict(bundle=str(bundle.folder), classes=len(bundle.classes))
+        facts['runtimes'] = {name: runtime.model_dump() for name, runtime in runtimes.items()}
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    rows = [[name, f'{r.bytes / 1e6:.3f}', f'{r.accuracy.value:.2%}' if r.accuracy else '–',
+             f'{r.parity.max_difference:.1e}', f'{r.parity.same_class} of {r.parity.images}',
+             f'{r.latency_ms:.2f}']
+            for name, r in runtimes.items()]
+    heading = ['runtime', 'size, MB', 'accuracy', 'largest difference', 'same class', 'ms, median']
+    print_table(rows, heading, f'{bundle.folder}: {len(bundle.classes)} classes')
+    print(f'Next:   imgcls predict {shlex.quote(str(bundle.folder))} IMAGES')
+
+# %% ../nbs/21_cli.ipynb #e0900011
+def _zoo(args: argparse.Namespace):
+    "A pretrained network with its own classes; the images that prove it, and no targets."
+    from imgcls_nb.export import photograph_crops, zoo_bundle
+    bundle = zoo_bundle(args.zoo, args.out, args.size)
+    return bundle, photograph_crops(bundle.preprocessing), None
+
+
+def _own_weights(args: argparse.Namespace):
+    "A bundle of the user's own weights, proven on the user's own images."
+    from imgcls_nb.export import export_module, load_weights, read_weights
+    from imgcls_nb.models import create_model
+    if not args.arch or not args.images:
+        raise InputError('--weights takes --arch NAME, the architecture, and --images FOLDER, held-out '
+                         'images with one folder for each class.')
+    weights, data, p = read_weights(args.weights), _folder(args.images), _own_preprocessing(args)
+    model = create_model(args.arch, len(data.classes), p.channels, (p.height, p.width))
+    model = load_weights(model, weights, args.weights).eval()
+    bundle = export_module(model, data.classes, p, data, args.out, name=data.name, architecture=args.arch)
+    return bundle, *_prepared(bundle, data)
+
+
+def _own_preprocessing(args: argparse.Namespace):
+    "What the weights were trained with, as far as it is said; otherwise what timm's own weights expect."
+    from dataclasses import replace
+    from imgcls_nb.image import Preprocessing
+    from imgcls_nb.models import own_input_shape
+    from imgcls_nb.transfer import has_pretrained_weights, pretrained_preprocessing
+    if has_pretrained_weights(args.arch): p = pretrained_preprocessing(args.arch, args.size)
+    else:
+        _, height, width = own_input_shape(args.arch)
+        p = Preprocessing(args.size or height, args.size or width, len(args.mean or (0, 0, 0)))
+    given = {name: tuple(value) for name in ('mean', 'std') if (value := getattr(args, name))}
+    return replace(p, **given)
+
+
+def _folder(source: str):
+    "The images of a folder that can be opened."
+    from imgcls_nb.sources import load_images
+    return load_images(source).scan()
+
+
+def _prepared(bundle, data):
+    "Pixels and class numbers of a table for a bundle."
+    import numpy as np
+    from imgcls_nb.export import match_classes
+    meant = match_classes(data.classes, bundle)
+    numbers = np.array([bundle.classes.index(meant[label]) for label in data.items['label']])
+    return data.pixels(np.arange(len(data)), bundle.preprocessing), numbers
+
+# %% ../nbs/21_cli.ipynb #e0900012
+def _exported(args: argparse.Namespace):
+    "A bundle that is there already; the images are the run's test images, or those of `--images`."
+    from imgcls_nb.bundle import load_bundle
+    folder = Path(args.source)
+    run = open_run(folder) if (folder/'run.json').is_file() else None
+    bundle = load_bundle(run.bundle if run else folder)
+    if args.images: data, kept = _folder(args.images), None
+    elif run: data, kept = _test_images(run, bundle)
+    else: raise InputError('Say with --images FOLDER which held-out images prove it: one folder a class.')
+    if args.out: bundle = _copy_bundle(bundle, args.out)
+    if kept is None: return bundle, *_prepared(bundle, data)
+    return bundle, data.pixels(kept, bundle.preprocessing), data.targets(kept)
+
+
+def _test_images(run: Run, bundle):
+    "The images of a run as it split them, and which of them are for the test; refused if they changed."
+    from imgcls_nb.sources import load_images
+    options = run.record.get('options', {})
+    data = load_images(run.record['source'], options.get('images'), options.get('pattern'))
+    if options.get('edits'):
+        from imgcls_nb.labelling import EditLog
+        data = EditLog(options['edits']).apply(data)
+    data = data.scan().split(seed=run.record.get('seed', 0))
+    if data.fingerprint() == bundle.record.data.get('fingerprint'): return data, data.where('test')
+    raise InputError(f'The images of {run.record["source"]} are not those of {run.folder} any more. Give '
+                     'held-out images with --images FOLDER.')
+
+
+def _copy_bundle(bundle, folder: str):
+    "The same bundle in another place."
+    from imgcls_nb.bundle import write_bundle
+    files = {name: (bundle.folder/name).read_bytes() for name in bundle.record.checksums}
+    return write_bundle(folder, bundle.record, files)
 
 # %% ../nbs/21_cli.ipynb #02baf1cd
 def _image_paths(names: list[str]) -> Iterator[str]:
@@ -582,6 +720,30 @@ def _add_compare(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=compare_command)
 
+# %% ../nbs/21_cli.ipynb #e0900013
+def _add_export(commands) -> None:
+    "Options of `imgcls export`."
+    p = commands.add_parser('export', help='other formats; a bundle of the zoo, or of your weights',
+                            formatter_class=_Format,
+                            epilog='examples:\n  imgcls export runs/digits --to openvino,tflite\n'
+                                   '  imgcls export --zoo tf_efficientnet_lite0 --out lite0\n'
+                                   '  imgcls export --weights best_model.pth --arch resnet18 --images test '
+                                   '--out mine')
+    p.add_argument('source', nargs='?', help='a run or a bundle')
+    p.add_argument('--to', default='onnx', metavar='FORMATS',
+                   help='with commas between them: onnx, tflite, tflite-int8, openvino, tensorrt, '
+                        'tensorrt-fp16, cuda')
+    p.add_argument('--zoo', metavar='NAME', help='a pretrained timm network with its own classes')
+    p.add_argument('--weights', metavar='FILE', help='a state dict (.pth, .pt, .safetensors)')
+    p.add_argument('--arch', metavar='NAME', help='for --weights: small_cnn, or any timm model')
+    p.add_argument('--images', metavar='FOLDER', help='held-out images, one folder for each class')
+    p.add_argument('--size', type=_positive, help='for --zoo and --weights: side of the input in pixels')
+    p.add_argument('--mean', type=float, nargs='+', help='for --weights: of each channel, from 0 to 1')
+    p.add_argument('--std', type=float, nargs='+', help='for --weights: of each channel')
+    p.add_argument('--out', metavar='FOLDER', help='where the bundle will be')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
+    p.set_defaults(command=export_command)
+
 # %% ../nbs/21_cli.ipynb #d0c70002
 def doctor_command(args: argparse.Namespace) -> int:
     "`imgcls doctor RUN`: what went wrong in this run and what to change."
@@ -607,6 +769,100 @@ def _add_doctor(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=doctor_command)
 
+# %% ../nbs/21_cli.ipynb #c0900002
+def compress_command(args: argparse.Namespace) -> int:
+    "`imgcls compress SOURCE`: a smaller version, kept if it is good enough, and the choice written down."
+    screen = Screen(quiet=args.json)
+    from imgcls_nb.bundle import prefer
+    from imgcls_nb.compress import compress
+    with screen.bar('images'): bundle, images = _to_compress(args)
+    with screen.bar('compress'):
+        done = compress(bundle, images, args.budget_accuracy / 100, args.target_latency)
+        if done.kept: prefer(done.bundle, done.choice.name, done.choice.reason)
+    if args.json: print(json.dumps(_compressed(done), ensure_ascii=False))
+    else: _print_compression(done, bundle)
+    return 0 if done.kept and done.choice.met else 1
+
+
+def _to_compress(args: argparse.Namespace):
+    "The bundle, and the images that it is judged by."
+    from imgcls_nb.bundle import load_bundle
+    from imgcls_nb.compress import images_in
+    run, folder = _run_and_bundle(args.source)
+    bundle = load_bundle(folder)
+    if args.calibration and args.test: return bundle, images_in(bundle, args.calibration, args.test)
+    if args.calibration or args.test:
+        raise InputError('--calibration and --test belong together: one folder to calibrate with and another '
+                         'to test with.')
+    if run is None:
+        raise InputError(f'{folder} is in no run, so its images are not known: name some with '
+                         '--calibration FOLDER --test FOLDER, one folder per class in each.')
+    return bundle, _images_of_run(run)
+
+# %% ../nbs/21_cli.ipynb #c0900003
+def _run_and_bundle(source: str) -> tuple[Run | None, Path]:
+    "The run that a source is or lies in, if any, and the folder of its bundle."
+    folder = Path(source)
+    for place, bundle in ((folder, folder/'bundle'), (folder.parent, folder)):
+        if bundle.name == 'bundle' and (place/'run.json').is_file(): return open_run(place), bundle
+    return None, folder
+
+
+def _images_of_run(run: Run):
+    "The table of images of a run, read and split again as it was then."
+    options = run.record.get('options')
+    if not isinstance(options, dict):
+        raise InputError(f'{run.folder} was made by another version, which kept no options: name images by folder.')
+    args = argparse.Namespace(**options)
+    data = _load(args).scan().split(seed=args.seed)
+    _check_unchanged(run, data.fingerprint())
+    return data
+
+# %% ../nbs/21_cli.ipynb #c0900004
+def _compressed(done) -> dict:
+    "What `--json` prints."
+    versions = {} if done.measured is None else {
+        name: dict(asdict(v), difference=v.difference and asdict(v.difference)) for name, v in done.measured.each.items()}
+    return dict(kept=done.kept, refusal=done.refusal, loss=done.loss, bundle=str(done.bundle.folder),
+                choice=done.choice and asdict(done.choice), versions=versions)
+
+
+def _print_compression(done, bundle) -> None:
+    "The table of both versions on the test images, and what became of it."
+    if done.measured is not None:
+        table = done.measured.table()
+        print_table([[name, *row] for name, row in zip(table.index, table.to_numpy())], ['version', *table.columns],
+                    f'{bundle.record.name}, {done.measured.images:,} test images')
+    if not done.kept: return print(f'INT8 was refused: {done.refusal}')
+    print(f'Used by default: {done.choice.name}, {done.choice.reason}')
+    for name, why in done.choice.rejected.items(): print(f'Not {name}: {why}.')
+
+# %% ../nbs/21_cli.ipynb #c0900005
+def _milliseconds(text: str) -> float:
+    "A time as people write it."
+    number, unit = text.strip().lower().rstrip('ms '), text.strip().lower().lstrip('0123456789.+-e ')
+    try: value = float(number) * {'': 1, 'ms': 1, 's': 1000}[unit]
+    except (ValueError, KeyError): value = float('nan')
+    if not value > 0: raise argparse.ArgumentTypeError(f'{text!r} is not a time such as 5ms or 0.2s')
+    return value
+
+
+def _add_compress(commands) -> None:
+    "Options of `imgcls compress`."
+    p = commands.add_parser('compress', help='a smaller version of a bundle, kept if it is good enough',
+                            formatter_class=_Format,
+                            epilog='examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 --target-latency 5ms\n'
+                                   '  imgcls compress BUNDLE --calibration some_photos --test other_photos')
+    p.add_argument('source', help="a run's folder, or a bundle")
+    p.add_argument('--budget-accuracy', type=float, default=0.5, metavar='POINTS',
+                   help='percentage points of accuracy that may be lost')
+    p.add_argument('--target-latency', type=_milliseconds, metavar='TIME',
+                   help='longest acceptable median time for one image, such as 5ms')
+    p.add_argument('--calibration', metavar='FOLDER', help='images to calibrate and decide with, one folder per class')
+    p.add_argument('--test', metavar='FOLDER', help='images that only the report rests on, one folder per class')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=compress_command)
+
 # %% ../nbs/21_cli.ipynb #5c3493d7
 def _add_predict(commands) -> None:
     "Options of `imgcls predict`."
@@ -616,7 +872,7 @@ def _add_predict(commands) -> None:
     p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
     p.add_argument('images', nargs='+', help='files, folders, or - to read paths from standard input')
     p.add_argument('--top', type=_positive, default=3, help='how many classes to name')
-    p.add_argument('--runtime', default='onnx', help='onnx or onnx-int8')
+    p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
     p.add_argument('--sort-into', metavar='FOLDER',
                    help='copy each image into FOLDER/CLASS, or into "FOLDER/not sure"')
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
@@ -630,7 +886,7 @@ def _add_serve(commands) -> None:
     p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
     p.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 lets other machines in')
     p.add_argument('--port', type=int, default=8000, help='port to listen on')
-    p.add_argument('--runtime', default='onnx', help='onnx or onnx-int8')
+    p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
     p.set_defaults(command=serve_command)
 
 # %% ../nbs/21_cli.ipynb #ceab7d04
@@ -656,7 +912,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_predict, _add_serve):
+    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_export, _add_compress,
+                _add_predict, _add_serve):
         add(commands)
     return parser
 

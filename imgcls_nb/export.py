@@ -490,7 +490,8 @@ def load_weights(
     own = model.state_dict()
     shapes = [(name, list(weights[name].shape), list(own[name].shape)) for name in own if name in weights]
     wrong = {'missing': sorted(set(own) - set(weights)), 'unexpected': sorted(set(weights) - set(own)),
-             'of another shape': [f'{n} {given} instead of {due}' for n, given, due in shapes if given != due]}
+             'of another shape': [f'{name} {given} instead of {due}' for name, given, due in shapes
+                                  if given != due]}
     if not any(wrong.values()):
         model.load_state_dict(weights)
         return model

@@ -71,7 +71,7 @@ class RankedTogether:
         self,
         importance: Callable,  # of torch-pruning; its scores are relative to the mean of the layer
         times: Mapping[nn.Module, float],  # milliseconds of each layer to divide by; empty for equal costs
-        fewest: int,  # channels that every layer keeps
+        fewest: int,  # channels that every layer keeps at least, and a multiple of it
     ): self.importance, self.times, self.fewest = importance, times, fewest
 
     def __call__(
@@ -83,7 +83,7 @@ class RankedTogether:
         if scores is None: return None
         cost = sum(self.times.get(layer, 0.0) for layer in {part.target.module for part, _ in group})
         if self.times: scores = scores * len(scores) / max(1e-6, cost)
-        kept = max(self.fewest, int(np.ceil((1 - LARGEST_SHARE) * len(scores))))
+        kept = self.fewest * max(1, int(np.ceil((1 - LARGEST_SHARE) * len(scores) / self.fewest)))
         return scores.index_fill(0, scores.argsort(descending=True)[:kept], torch.inf)
 
 # %% ../nbs/10a_prune.ipynb #a1000023

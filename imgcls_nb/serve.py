@@ -318,7 +318,7 @@ _POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-in
 # %% ../nbs/11_serve.ipynb #dc1c46c8
 def create_app(
     bundle: Bundle | str | Path,  # what to serve
-    runtime: str = 'onnx',  # one of the bundle's runtimes
+    runtime: str | None = None,  # one of the bundle's runtimes; its preferred one by default
     limits: Limits = SERVICE_LIMITS,  # what to refuse
     threads: int | None = 1,  # processors for one image; images are worked on side by side, one a processor
 ) -> FastAPI:
@@ -334,7 +334,7 @@ def create_app(
     async def home(): return HTMLResponse(page, headers={'Content-Security-Policy': _POLICY})
 
     @app.get('/health')
-    async def health(): return dict(status='ok', name=name, classes=bundle.classes, runtime=runtime)
+    async def health(): return dict(status='ok', name=name, classes=bundle.classes, runtime=predictor.runtime)
 
     @app.post('/predict', openapi_extra=_UPLOAD)
     async def predict(request: Request):
@@ -349,7 +349,7 @@ def serve(
     bundle: str | Path,  # a bundle's folder
     host: str = '127.0.0.1',  # 0.0.0.0 lets other machines in
     port: int = 8000,  # where to listen
-    runtime: str = 'onnx',  # one of the bundle's runtimes
+    runtime: str | None = None,  # one of the bundle's runtimes; its preferred one by default
 ) -> None:
     "Serve a bundle until interrupted."
     app = create_app(bundle, runtime)

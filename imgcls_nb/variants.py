@@ -22,7 +22,7 @@ import pandas as pd
 from fastcore.basics import patch
 from matplotlib.ticker import LogLocator
 
-from .bundle import open_session, run_session
+from .runtimes import open_session, run_session
 from .compare import paired_interval
 from .evaluate import Estimate, wilson_interval
 from .models import pareto_front

@@ -256,7 +256,7 @@ def test_the_record_goes_around(exported):
     calibration, report, bundle = exported
     record = load_bundle(bundle.folder).record
     decision, promise = record.runtimes['onnx'].decision, calibration.promise
-    assert record.format_version == 2 and record.calibration.temperature == calibration.temperature
+    assert record.format_version == 3 and record.calibration.temperature == calibration.temperature
     assert (decision.probability, decision.familiarity) == (promise.threshold, calibration.thresholds.familiarity)
     assert decision.promise.required == 0.95 <= decision.promise.low == promise.low
     assert record.metrics['log_loss'].value == pytest.approx(calibration.report(report).metrics['log_loss'].value)

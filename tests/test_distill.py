@@ -7,7 +7,6 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from torch import nn
 
 from conftest import ROOT
 from imgcls_nb.augment import mixing

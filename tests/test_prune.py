@@ -8,7 +8,7 @@ from torch import nn
 from imgcls_nb.data import digits
 from imgcls_nb.evaluate import predict_probabilities
 from imgcls_nb.export import to_onnx
-from imgcls_nb.bundle import open_session, run_session
+from imgcls_nb.runtimes import open_session, run_session
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.models import SmallCNN, _counted, create_model
 from imgcls_nb.prune import fit_to_weights, layer_times, prune_channels, pruned_learner
@@ -68,12 +68,13 @@ def test_layers_that_take_long_lose_most():
     assert set(times.index) == {name for name, layer in model.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     assert (times > 0).all()
     slow = pd.Series(1.0, times.index)
-    slow[[name for name in slow.index if name.startswith('layer2')]] = 50.0
+    slow[[name for name in slow.index if name.startswith('layer4.1')]] = 200.0
     pruned = prune_channels(model, shape, 0.8, spread='latency', times=slow)
     shares = {name: layer.out_channels / dict(model.named_modules())[name].out_channels
               for name, layer in pruned.named_modules() if isinstance(layer, nn.Conv2d)}
-    assert max(shares[name] for name in ('layer2.0.conv1', 'layer2.1.conv1')) < 0.4
-    assert min(shares[name] for name in ('layer1.0.conv1', 'layer4.1.conv1')) > 0.9
+    here = [share for name, share in shares.items() if name.startswith('layer4.1')]
+    elsewhere = [share for name, share in shares.items() if not name.startswith('layer4')]
+    assert np.mean(here) < 0.75 and np.mean(elsewhere) > 0.9
     assert min(shares.values()) >= 0.2 - 1e-9  # no layer is emptied
 
 

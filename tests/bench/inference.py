@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from imgcls_nb.export import PixelsToProbabilities, export, zoo_bundle
-from imgcls_nb.formats import load_model
+from imgcls_nb.export import PixelsToProbabilities, export, load_model, zoo_bundle
 from imgcls_nb.runtimes import open_session
 from imgcls_nb.variants import time_in_turns
 
@@ -27,13 +26,12 @@ warnings.filterwarnings('ignore')
 PHOTOS = 'astronaut', 'chelsea', 'coffee', 'rocket', 'retina', 'hubble_deep_field'
 
 
-def photos(long_side: int = 500) -> list[bytes]:
-    "JPEG files of the photographs that scikit-image ships, at the size of a usual web picture."
+def photos(width: int = 640, height: int = 512) -> list[bytes]:
+    "JPEG files of the photographs that scikit-image ships; of a size at which resizing first or cropping first is the same."
     from skimage import data
     files = []
     for name in PHOTOS:
-        image = Image.fromarray(getattr(data, name)()).convert('RGB')
-        image.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(Image.fromarray(getattr(data, name)()).convert('RGB'), (width, height), Image.Resampling.LANCZOS)
         file = io.BytesIO()
         image.save(file, 'JPEG', quality=90)
         files.append(file.getvalue())
@@ -54,7 +52,8 @@ def openvino_call(path: Path, threads: int):
     "OpenVINO on the same ONNX file, tuned for single images; None where it is not installed."
     try: import openvino
     except ImportError: return None
-    compiled = openvino.Core().compile_model(str(path), 'CPU', {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads})
+    compiled = openvino.Core().compile_model(str(path), 'CPU', {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_NUM_THREADS': threads,
+                                                                  'INFERENCE_PRECISION_HINT': 'f32'})
     request = compiled.create_infer_request()
     return lambda pixels: request.infer({0: pixels})[compiled.output('probabilities')]
 

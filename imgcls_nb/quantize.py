@@ -142,7 +142,7 @@ def _cut(rows: np.ndarray, pieces: int) -> np.ndarray:
 def _factors(covariance: np.ndarray) -> np.ndarray:
     "Upper Cholesky factors of the inverse covariances: who makes up for whom, and by how much."
     count = covariance.shape[1]
-    damping = 0.01 * np.einsum('gii->gi', covariance).mean(1) + 1e-9
+    damping = 0.01 * np.einsum('gii->gi', covariance).mean(1) + 1e-6
     inverse = np.linalg.inv(covariance + damping[:, None, None] * np.eye(count))
     return np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
 
@@ -196,10 +196,10 @@ def _moments(proto: onnx.ModelProto, pixels: np.ndarray, most: int = 512, batch:
         values = dict(zip(taps, session.run(taps, {'pixels': pixels[start:start + batch]})))
         for node in layers:
             x = _patches(node, values[node.input[0]], shapes[node.input[1]], rng, most)
-            x = _cut(x, next(k for k in range(1, x.shape[2] + 1) if x.shape[2] % k == 0 and x.shape[2] / k <= _LONGEST))
+            x = _cut(x.astype(np.float64), next(k for k in range(1, x.shape[2] + 1) if x.shape[2] % k == 0 and x.shape[2] / k <= _LONGEST))
             count, total, square = sums.get(node.name, (0, 0, 0))
-            sums[node.name] = (count + x.shape[1], total + x.sum(1, dtype=np.float64),
-                               square + np.matmul(x.transpose(0, 2, 1), x).astype(np.float64))
+            sums[node.name] = (count + x.shape[1], total + x.sum(1),
+                               square + x.transpose(0, 2, 1) @ x)
     means = {name: (total / count, square / count) for name, (count, total, square) in sums.items()}
     return {name: (mean, square - mean[:, :, None] * mean[:, None]) for name, (mean, square) in means.items()}
 

@@ -129,7 +129,7 @@ def _patches(node: onnx.NodeProto, x: np.ndarray, shape: tuple[int, ...], rng, m
     return chosen.reshape(len(chosen), a.get('group', 1), -1).transpose(1, 0, 2)
 
 # %% ../nbs/10_quantize.ipynb #q1000004
-_LONGEST = 1280  # inputs that make up for each other; longer rows are cut, which costs little and saves minutes
+_LONGEST = 1280  # inputs that make up for each other; longer rows are cut, which saves minutes
 
 
 def _cut(rows: np.ndarray, pieces: int) -> np.ndarray:
@@ -139,6 +139,11 @@ def _cut(rows: np.ndarray, pieces: int) -> np.ndarray:
     return parts.reshape(groups * pieces, outputs, count // pieces)
 
 
+def _pieces(count: int) -> int:
+    "Into how many equal pieces a row is cut."
+    return next(k for k in range(1, count + 1) if count % k == 0 and count / k <= _LONGEST)
+
+
 def _factors(covariance: np.ndarray) -> np.ndarray:
     "Upper Cholesky factors of the inverse covariances: who makes up for whom, and by how much."
     count = covariance.shape[1]
@@ -146,8 +151,9 @@ def _factors(covariance: np.ndarray) -> np.ndarray:
     inverse = np.linalg.inv(covariance + damping[:, None, None] * np.eye(count))
     return np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
 
-
-def _round_in_order(left: np.ndarray, step: np.ndarray, peak: np.ndarray, upper: np.ndarray, most: int) -> np.ndarray:
+# %% ../nbs/10_quantize.ipynb #q100004b
+def _round_in_order(left: np.ndarray, step: np.ndarray, peak: np.ndarray, upper: np.ndarray,
+                    most: int) -> np.ndarray:
     "Round `[G, O, I]` from the first column on; the columns after it make up for each error (GPTQ)."
     fitted, count = np.empty_like(left), left.shape[2]
     for start in range(0, count, 64):
@@ -196,7 +202,7 @@ def _moments(proto: onnx.ModelProto, pixels: np.ndarray, most: int = 512, batch:
         values = dict(zip(taps, session.run(taps, {'pixels': pixels[start:start + batch]})))
         for node in layers:
             x = _patches(node, values[node.input[0]], shapes[node.input[1]], rng, most)
-            x = _cut(x.astype(np.float64), next(k for k in range(1, x.shape[2] + 1) if x.shape[2] % k == 0 and x.shape[2] / k <= _LONGEST))
+            x = _cut(x.astype(np.float64), _pieces(x.shape[2]))
             count, total, square = sums.get(node.name, (0, 0, 0))
             sums[node.name] = (count + x.shape[1], total + x.sum(1),
                                square + x.transpose(0, 2, 1) @ x)

@@ -128,6 +128,61 @@ def _patches(node: onnx.NodeProto, x: np.ndarray, shape: tuple[int, ...], rng, m
     chosen = view[image, :, row, column]
     return chosen.reshape(len(chosen), a.get('group', 1), -1).transpose(1, 0, 2)
 
+# %% ../nbs/10_quantize.ipynb #q1000004
+_LONGEST = 1280  # inputs that make up for each other; longer rows are cut, which saves minutes
+
+
+def _cut(rows: np.ndarray, pieces: int) -> np.ndarray:
+    "Rows `[G, O, I]` in pieces, `[G · pieces, O, I / pieces]`."
+    groups, outputs, count = rows.shape
+    parts = rows.reshape(groups, outputs, pieces, -1).swapaxes(1, 2)
+    return parts.reshape(groups * pieces, outputs, count // pieces)
+
+
+def _pieces(count: int) -> int:
+    "Into how many equal pieces a row is cut."
+    return next(k for k in range(1, count + 1) if count % k == 0 and count / k <= _LONGEST)
+
+
+def _factors(covariance: np.ndarray) -> np.ndarray:
+    "Upper Cholesky factors of the inverse covariances: who makes up for whom, and by how much."
+    count = covariance.shape[1]
+    damping = 0.01 * np.einsum('gii->gi', covariance).mean(1) + 1e-6
+    inverse = np.linalg.inv(covariance + damping[:, None, None] * np.eye(count))
+    return np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+
+# %% ../nbs/10_quantize.ipynb #q100004b
+def _round_in_order(left: np.ndarray, step: np.ndarray, peak: np.ndarray, upper: np.ndarray,
+                    most: int) -> np.ndarray:
+    "Round `[G, O, I]` from the first column on; the columns after it make up for each error (GPTQ)."
+    fitted, count = np.empty_like(left), left.shape[2]
+    for start in range(0, count, 64):
+        end = min(start + 64, count)
+        errors = np.empty_like(left[:, :, start:end])
+        for i in range(start, end):
+            whole = np.clip(np.round(left[:, :, i] / step), -most, most)
+            whole = np.where(peak[:, :, i], np.sign(left[:, :, i]) * most, whole)
+            fitted[:, :, i] = whole * step
+            error = (left[:, :, i] - fitted[:, :, i]) / upper[:, i, i, None]
+            left[:, :, i + 1:end] -= error[:, :, None] * upper[:, None, i, i + 1:end]
+            errors[:, :, i - start] = error
+        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+    return fitted
+
+
+def _fit_rows(rows: np.ndarray, covariance: np.ndarray, most: int) -> np.ndarray:
+    "Rows `[G, O, I]` in whole steps, the inputs that vary most first."
+    groups, outputs, count = rows.shape
+    pieces = len(covariance) // groups
+    step = np.maximum(abs(rows).max(2), 1e-12) / most
+    peak = np.arange(count) == abs(rows).argmax(2)[:, :, None]  # stays where it is, and so does the scale
+    order = np.argsort(-np.einsum('gii->gi', covariance), axis=1)
+    covariance = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None], 2)
+    left, peak = (np.take_along_axis(_cut(x, pieces), order[:, None], 2) for x in (rows.astype(np.float64), peak))
+    fitted = _round_in_order(left, np.repeat(step, pieces, 0), peak, _factors(covariance), most)
+    fitted = np.take_along_axis(fitted, np.argsort(order, axis=1)[:, None], 2)
+    return fitted.reshape(groups, pieces, outputs, -1).swapaxes(1, 2).reshape(rows.shape)
+
 # %% ../nbs/10_quantize.ipynb #q1000003
 def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> bytes:
     "The graph with these values as its only outputs."
@@ -138,7 +193,7 @@ def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> bytes:
 
 
 def _moments(proto: onnx.ModelProto, pixels: np.ndarray, most: int = 512, batch: int = 4) -> dict:
-    "Mean `[G, I]` and covariance `[G, I, I]` of what each layer adds up, by the layer's name."
+    "Mean `[G, I]` and covariance `[G, I, I]` of what each layer adds up, by name; long rows as in `_cut`."
     shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     layers, rng, sums = _layers(proto), np.random.default_rng(0), {}
     taps = list(dict.fromkeys(node.input[0] for node in layers))
@@ -147,32 +202,12 @@ def _moments(proto: onnx.ModelProto, pixels: np.ndarray, most: int = 512, batch:
         values = dict(zip(taps, session.run(taps, {'pixels': pixels[start:start + batch]})))
         for node in layers:
             x = _patches(node, values[node.input[0]], shapes[node.input[1]], rng, most)
+            x = _cut(x.astype(np.float64), _pieces(x.shape[2]))
             count, total, square = sums.get(node.name, (0, 0, 0))
-            sums[node.name] = (count + x.shape[1], total + x.sum(1, dtype=np.float64),
-                               square + np.matmul(x.transpose(0, 2, 1), x).astype(np.float64))
+            sums[node.name] = (count + x.shape[1], total + x.sum(1),
+                               square + x.transpose(0, 2, 1) @ x)
     means = {name: (total / count, square / count) for name, (count, total, square) in sums.items()}
     return {name: (mean, square - mean[:, :, None] * mean[:, None]) for name, (mean, square) in means.items()}
-
-# %% ../nbs/10_quantize.ipynb #q1000004
-def _fit_rows(rows: np.ndarray, covariance: np.ndarray, most: int) -> np.ndarray:
-    "Rows `[G, O, I]` in whole steps; the rest of a row makes up for each rounding (GPTQ)."
-    rows, count = rows.astype(np.float64), rows.shape[2]
-    step = np.maximum(abs(rows).max(2), 1e-12) / most
-    peak = abs(rows).argmax(2)  # stays at the end of the scale, so that the scale stays as it is
-    variance = np.einsum('gii->gi', covariance)
-    order = np.argsort(-variance, axis=1)
-    covariance = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None], 2)
-    damping = 0.01 * variance.mean(1) + 1e-9
-    inverse = np.linalg.inv(covariance + damping[:, None, None] * np.eye(count))
-    upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
-    left, fitted = np.take_along_axis(rows, order[:, None], 2), np.empty_like(rows)
-    for i in range(count):
-        whole = np.clip(np.round(left[:, :, i] / step), -most, most)
-        whole = np.where(peak == order[:, i, None], np.sign(left[:, :, i]) * most, whole)
-        fitted[:, :, i] = whole * step
-        error = (left[:, :, i] - fitted[:, :, i]) / upper[:, i, i, None]
-        left[:, :, i + 1:] -= error[:, :, None] * upper[:, None, i, i + 1:]
-    return np.take_along_axis(fitted, np.argsort(order, axis=1)[:, None], 2)
 
 # %% ../nbs/10_quantize.ipynb #q1000005
 def _fit_layer(node: onnx.NodeProto, stored: dict, moments: tuple, most: int) -> onnx.TensorProto | None:
@@ -181,7 +216,7 @@ def _fit_layer(node: onnx.NodeProto, stored: dict, moments: tuple, most: int) ->
     weights, (mean, covariance) = numpy_helper.to_array(tensor), moments
     rows = _rows(node, weights)
     fitted = _fit_rows(rows, covariance, most)
-    shift = np.einsum('goi,gi->go', rows - fitted, mean).ravel()
+    shift = np.einsum('goi,gi->go', rows - fitted, mean.reshape(len(rows), -1)).ravel()
     new = _unrows(node, fitted, weights.shape).astype(np.float32)
     tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
     if node.op_type == 'MatMul': return None

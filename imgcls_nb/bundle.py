@@ -151,7 +151,7 @@ class BundleRecord(Record):
 def preferred_runtime(
     record: BundleRecord,  # of a bundle
 ) -> str:  # a name of its runtimes
-    "The runtime that answers unless another is asked for: the one that was chosen, else `onnx`, else the first."
+    "What answers unless another is asked for: the chosen one, else `onnx`, else the first."
     return record.preferred or ('onnx' if 'onnx' in record.runtimes else next(iter(record.runtimes)))
 
 # %% ../nbs/08_bundle.ipynb #b8b00004

@@ -178,7 +178,8 @@ def _fit_rows(rows: np.ndarray, covariance: np.ndarray, most: int) -> np.ndarray
     peak = np.arange(count) == abs(rows).argmax(2)[:, :, None]  # stays where it is, and so does the scale
     order = np.argsort(-np.einsum('gii->gi', covariance), axis=1)
     covariance = np.take_along_axis(np.take_along_axis(covariance, order[:, :, None], 1), order[:, None], 2)
-    left, peak = (np.take_along_axis(_cut(x, pieces), order[:, None], 2) for x in (rows.astype(np.float64), peak))
+    left, peak = (np.take_along_axis(_cut(x, pieces), order[:, None], 2)
+                  for x in (rows.astype(np.float64), peak))
     fitted = _round_in_order(left, np.repeat(step, pieces, 0), peak, _factors(covariance), most)
     fitted = np.take_along_axis(fitted, np.argsort(order, axis=1)[:, None], 2)
     return fitted.reshape(groups, pieces, outputs, -1).swapaxes(1, 2).reshape(rows.shape)
@@ -211,7 +212,7 @@ def _moments(proto: onnx.ModelProto, pixels: np.ndarray, most: int = 512, batch:
 
 # %% ../nbs/10_quantize.ipynb #q1000005
 def _fit_layer(node: onnx.NodeProto, stored: dict, moments: tuple, most: int) -> onnx.TensorProto | None:
-    "Put a layer's weights on the grid that they will be stored on; gives its bias, moved by what that shifts."
+    "Put a layer's weights on the grid of 8 bits; gives its bias, moved by what that shifts."
     tensor = stored[node.input[1]]
     weights, (mean, covariance) = numpy_helper.to_array(tensor), moments
     rows = _rows(node, weights)
@@ -255,7 +256,7 @@ def _prepared(data: bytes) -> onnx.ModelProto:
 
 
 def _left_in_float(proto: onnx.ModelProto) -> list[str]:
-    "What never goes to 8 bits: the familiarity, and all that only the answer depends on after the last layer."
+    "What never goes to 8 bits: the familiarity, and what follows the last layer."
     names = [node.name for node in proto.graph.node]
     layers = [node.name for node in _layers(proto)]
     if not layers: raise InputError('The graph holds no convolution and no linear layer to quantise.')
@@ -283,14 +284,14 @@ def _quantize_graph(proto: onnx.ModelProto, pixels: np.ndarray, method: str, red
             return target.read_bytes()
     finally: logging.root.setLevel(level)
 
-
+# %% ../nbs/10_quantize.ipynb #q100006b
 def quantize(
     data: bytes,  # an ONNX file with float32 weights
     pixels: np.ndarray,  # calibration images, `uint8 [N, H, W, C]`; about 100 of them
     reduce_range: bool = True,  # 7-bit weights, right on every processor; 8 bits only where `saturation_free`
     method: str = 'minmax',  # how the range of activations is found, one of `METHODS`
     exclude: Sequence[str] = (),  # names of nodes that stay in float, as `rank_layers` gives them
-    fit: bool = True,  # whether weights are rounded together, for the calibration images, or each to the nearest
+    fit: bool = True,  # weights rounded together, for the calibration images, or each to the nearest
 ) -> bytes:  # an ONNX file with 8-bit weights and activations
     "Static quantisation after training, with one scale for each output channel."
     if method not in METHODS:
@@ -329,8 +330,9 @@ def _with_one(proto: onnx.ModelProto, small: onnx.ModelProto, layer: str) -> byt
         elif i == 0 and name in makers:
             scale, zero = makers[name].input[1:]
             copy.graph.initializer.extend([stored[scale], stored[zero]])
-            copy.graph.node.insert(place, helper.make_node('QuantizeLinear', [here.input[0], scale, zero], [f'{new}_q']))
-            copy.graph.node.insert(place + 1, helper.make_node('DequantizeLinear', [f'{new}_q', scale, zero], [new]))
+            there_and_back = (helper.make_node('QuantizeLinear', [here.input[0], scale, zero], [f'{new}_q']),
+                              helper.make_node('DequantizeLinear', [f'{new}_q', scale, zero], [new]))
+            for k, node in enumerate(there_and_back): copy.graph.node.insert(place + k, node)
         else: continue
         here = next(node for node in copy.graph.node if node.name == layer)
         if i < len(here.input): here.input[i] = new
@@ -383,7 +385,7 @@ class Quantized:
     data: bytes  # an ONNX file
     attempts: tuple[Attempt, ...]  # all of them, in order
     chosen: int  # which of them this is
-    labelled: bool  # whether `lost` is accuracy; otherwise it is how often the float model says something else
+    labelled: bool  # whether `lost` is accuracy, or how often the float model says something else
     layers: pd.DataFrame | None  # from `rank_layers`, where it was needed
 
     @property
@@ -410,8 +412,10 @@ def _attempts_table(attempts: Sequence[Attempt], labelled: bool, chosen: int) ->
 
 class _Search:
     "Tries 8-bit versions of one graph and keeps what came of each."
-    def __init__(self, source: bytes, calibration: np.ndarray, valid: np.ndarray, targets, reduce_range: bool):
-        self.source, self.calibration, self.valid, self.reduce_range = source, calibration, valid, reduce_range
+    def __init__(self, source: bytes, calibration: np.ndarray, valid: np.ndarray, targets,
+                 reduce_range: bool):
+        self.source, self.calibration, self.valid = source, calibration, valid
+        self.reduce_range = reduce_range
         answers = run_session(open_session(source), valid, 16).argmax(1)
         self.targets = answers if targets is None else np.asarray(targets)
         self.right, self.attempts, self.files = answers == self.targets, [], []
@@ -429,15 +433,16 @@ class _Search:
 def _refuse(search: _Search, budget: float, largest: float, why: str) -> QuantizeError:
     "What was tried, in a sentence."
     best = min(search.attempts, key=lambda a: a.lost.value)
-    return QuantizeError(f'No 8-bit version was kept: of {len(search.attempts)} that were tried, the best loses '
-                         f'{100 * best.lost.value:.2f} points on {len(search.valid)} validation images (allowed: '
+    return QuantizeError(f'No 8-bit version was kept: of {len(search.attempts)} that were tried, the best '
+                         f'loses {100 * best.lost.value:.2f} points on {len(search.valid)} '
+                         'validation images (allowed: '
                          f'{100 * budget:.2f}) with {len(best.kept_float)} layers in float and '
                          f'{best.bytes / len(search.source):.0%} of the size; {why} '
                          'Keep the float model, or train for 8 bits with `QuantizationAware`.')
 
 
 def _search_layers(search: _Search, method: str, budget: float, largest: float) -> tuple[int, pd.DataFrame]:
-    "Leave 1, 2, 4, ... of the worst layers in float until it is good, then look for the fewest; which attempt."
+    "Leave 1, 2, 4, ... of the worst layers in float until it is good, then look for the fewest."
     first = next(i for i, a in enumerate(search.attempts) if a.method == method)
     layers = rank_layers(search.source, search.files[first], search.calibration[:16])
     few, many, found = 0, 1, None
@@ -506,7 +511,7 @@ class _RoundedInputs:
 
 # %% ../nbs/10_quantize.ipynb #q1000014
 class QuantizationAware(Callback):
-    "Train with weights and inputs of every layer rounded as INT8 will round them; afterwards export as usual."
+    "Train with weights and inputs of every layer rounded as INT8 will; export as usual afterwards."
     def __init__(
         self,
         bits: int = 7,  # of a weight: 7 as `quantize` makes them by default, 8 without `reduce_range`
@@ -516,10 +521,12 @@ class QuantizationAware(Callback):
         self.most, self.layers = 64 if bits == 7 else 2**(bits - 1) - 1, []
 
     def before_fit(self) -> None:
-        "Round from here on. Batch normalisation scales whole channels, so it changes nothing about the steps."
-        self.layers = [layer for layer in self.learn.model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        "Round from here on. Batch normalisation scales whole channels and leaves the steps alone."
+        self.layers = [layer for layer in self.learn.model.modules()
+                       if isinstance(layer, (nn.Conv2d, nn.Linear))]
         self.hooks = [layer.register_forward_pre_hook(_RoundedInputs()) for layer in self.layers]
-        for layer in self.layers: parametrize.register_parametrization(layer, 'weight', _RoundedWeights(self.most))
+        for layer in self.layers:
+            parametrize.register_parametrization(layer, 'weight', _RoundedWeights(self.most))
 
     def after_fit(self) -> None:
         "An ordinary network again, with the weights that it was judged with."

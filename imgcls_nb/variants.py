@@ -79,6 +79,9 @@ def _weights(graph: onnx.GraphProto) -> set[str]:
     return stored & set(used)
 
 # %% ../nbs/09b_variants.ipynb #09b00016
+_REST = 0.005  # seconds after which the threads of the one before have stopped waiting for more
+
+
 def time_in_turns(
     calls: Mapping[str, Callable[[], object]],  # what to time, by name
     turns: int = 20,  # how often each comes up
@@ -87,9 +90,11 @@ def time_in_turns(
     "Time several things that share whatever happens to the machine; the first call of a turn is free."
     clock, names = time.perf_counter, list(calls)
     milliseconds = {name: np.empty((turns, each)) for name in names}
+    rng = np.random.default_rng(0)
     for turn in range(turns):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
+        for name in rng.permutation(names):  # so that nobody always comes after the same one
             call = calls[name]
+            time.sleep(_REST)
             call()
             for i in range(each):
                 start = clock()

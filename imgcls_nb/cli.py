@@ -533,29 +533,14 @@ def _prepared(bundle, data):
 def _exported(args: argparse.Namespace):
     "A bundle that is there already; the images are the run's test images, or those of `--images`."
     from imgcls_nb.bundle import load_bundle
-    folder = Path(args.source)
-    run = open_run(folder) if (folder/'run.json').is_file() else None
-    bundle = load_bundle(run.bundle if run else folder)
+    run, folder = _run_and_bundle(args.source)
+    bundle = load_bundle(folder)
     if args.images: data, kept = _folder(args.images), None
-    elif run: data, kept = _test_images(run, bundle)
+    elif run: kept = (data := _images_of_run(run)).where('test')
     else: raise InputError('Say with --images FOLDER which held-out images prove it: one folder a class.')
     if args.out: bundle = _copy_bundle(bundle, args.out)
     if kept is None: return bundle, *_prepared(bundle, data)
     return bundle, data.pixels(kept, bundle.preprocessing), data.targets(kept)
-
-
-def _test_images(run: Run, bundle):
-    "The images of a run as it split them, and which of them are for the test; refused if they changed."
-    from imgcls_nb.sources import load_images
-    options = run.record.get('options', {})
-    data = load_images(run.record['source'], options.get('images'), options.get('pattern'))
-    if options.get('edits'):
-        from imgcls_nb.labelling import EditLog
-        data = EditLog(options['edits']).apply(data)
-    data = data.scan().split(seed=run.record.get('seed', 0))
-    if data.fingerprint() == bundle.record.data.get('fingerprint'): return data, data.where('test')
-    raise InputError(f'The images of {run.record["source"]} are not those of {run.folder} any more. Give '
-                     'held-out images with --images FOLDER.')
 
 
 def _copy_bundle(bundle, folder: str):
@@ -816,8 +801,9 @@ def _images_of_run(run: Run):
                          'name images by folder.')
     args = argparse.Namespace(**options)
     data = _load(args).scan().split(seed=args.seed)
-    _check_unchanged(run, data.fingerprint())
-    return data
+    if data.fingerprint() == run.record.get('data', {}).get('fingerprint'): return data
+    raise InputError(f'The images of {run.record["source"]} are not those of {run.folder} any more: name '
+                     'images by folder (see --help).')
 
 # %% ../nbs/21_cli.ipynb #c0900004
 def _compressed(done) -> dict:

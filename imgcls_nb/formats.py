@@ -131,7 +131,7 @@ def _decision_of(bundle: Bundle, found: dict, targets: np.ndarray | None) -> Dec
 
 def _expected(bundle: Bundle, whole: nn.Module | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
     "What the trained network says; where it was not made again, the ONNX file that was proven equal to it."
-    if whole is None: return bundle.predictor().outputs(pixels)
+    if whole is None: return bundle.predictor('onnx').outputs(pixels)
     return dict(zip(('probabilities', 'familiarity'), _run_whole(whole, pixels)))
 
 # %% ../nbs/09a_formats.ipynb #ff900014a
@@ -159,7 +159,7 @@ def add_format(
 
 def _check_same_network(bundle: Bundle, whole: nn.Module, pixels: np.ndarray) -> None:
     "Raise `InputError` unless a network is the one that the bundle's ONNX file was made from."
-    found = compare_probabilities(_run_whole(whole, pixels)[0], bundle.predictor().probabilities(pixels))
+    found = compare_probabilities(_run_whole(whole, pixels)[0], bundle.predictor('onnx').probabilities(pixels))
     if found.max_difference > 1e-3:
         raise InputError(f'This is not the network of {bundle.folder}: its probabilities differ from '
                          f'those of model.onnx by up to {found.max_difference:.2g}. Nothing was added.')

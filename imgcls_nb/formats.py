@@ -159,10 +159,11 @@ def add_format(
 
 def _check_same_network(bundle: Bundle, whole: nn.Module, pixels: np.ndarray) -> None:
     "Raise `InputError` unless a network is the one that the bundle's ONNX file was made from."
-    found = compare_probabilities(_run_whole(whole, pixels)[0], bundle.predictor('onnx').probabilities(pixels))
-    if found.max_difference > 1e-3:
+    [expected], found = _run_whole(whole, pixels)[:1], bundle.predictor('onnx').probabilities(pixels)
+    parity = compare_probabilities(expected, found)
+    if parity.max_difference > 1e-3:
         raise InputError(f'This is not the network of {bundle.folder}: its probabilities differ from '
-                         f'those of model.onnx by up to {found.max_difference:.2g}. Nothing was added.')
+                         f'those of model.onnx by up to {parity.max_difference:.2g}. Nothing was added.')
 
 # %% ../nbs/09a_formats.ipynb #ff900014b
 def _calibration_pixels(name: str, wanted: Format, calibration: np.ndarray | None,

@@ -29,5 +29,6 @@ from imgcls_nb.quantize import *
 from imgcls_nb.prune import *
 from imgcls_nb.distill import *
 from imgcls_nb.compress import *
-from imgcls_nb.serve import create_app, serve
+from imgcls_nb.serve import ServiceOptions, create_app
+from imgcls_nb.server import serve
 from imgcls_nb.diagnose import *

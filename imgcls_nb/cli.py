@@ -22,7 +22,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from .run import (ImgclsError, InputError, Run, create_run, open_run, recording, save_record, stage,
@@ -608,8 +608,13 @@ def _copy_by_class(path: Path, folder: Path) -> None:
 # %% ../nbs/21_cli.ipynb #7310b98c
 def serve_command(args: argparse.Namespace) -> int:
     "`imgcls serve BUNDLE`: the web service and its page."
-    from imgcls_nb.serve import serve
-    serve(args.bundle, args.host, args.port, args.runtime)
+    from imgcls_nb.serve import ServiceOptions
+    from imgcls_nb.server import serve
+    keys = tuple(key for key in os.environ.get('IMGCLS_API_KEYS', '').split(',') if key.strip())
+    limits = replace(ServiceOptions().limits, max_bytes=args.max_megabytes * 1_000_000)
+    options = ServiceOptions(args.runtime, args.workers, args.threads, args.batch, args.latency / 1000,
+                             limits=limits, keys=keys, origins=tuple(args.cors))
+    serve(args.bundle, args.host, args.port, options, args.watch, args.quiet)
     return 0
 
 # %% ../nbs/21_cli.ipynb #d4a10021
@@ -872,11 +877,22 @@ def _add_predict(commands) -> None:
 def _add_serve(commands) -> None:
     "Options of `imgcls serve`."
     p = commands.add_parser('serve', help='a web service and a page for people', formatter_class=_Format,
-                            epilog='example:\n  imgcls serve runs/digits/bundle --port 8000')
+                            epilog='examples:\n  imgcls serve runs/digits/bundle --port 8000\n'
+                                   '  IMGCLS_API_KEYS=secret imgcls serve BUNDLE --host 0.0.0.0 --watch')
     p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
     p.add_argument('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 lets other machines in')
     p.add_argument('--port', type=int, default=8000, help='port to listen on')
     p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
+    p.add_argument('--workers', type=_positive, help='processes that answer (default: one a processor)')
+    p.add_argument('--threads', type=_positive, default=1, help='processors for one batch')
+    p.add_argument('--batch', type=_positive, default=8, help='most images computed together')
+    p.add_argument('--latency', type=_milliseconds, default=1000.0, metavar='TIME',
+                   help='who would wait longer, as 200ms or 1s, gets 503 at once')
+    p.add_argument('--max-megabytes', type=_positive, default=10, help='largest image file')
+    p.add_argument('--cors', action='append', default=[], metavar='ORIGIN',
+                   help='a page from elsewhere that may ask, as https://example.org')
+    p.add_argument('--watch', action='store_true', help='serve a new bundle as soon as it is in the folder')
+    p.add_argument('--quiet', action='store_true', help='no line in the log for each request')
     p.set_defaults(command=serve_command)
 
 # %% ../nbs/21_cli.ipynb #ceab7d04

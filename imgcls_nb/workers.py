@@ -1,4 +1,4 @@
-"""x
+"""A queue that stays short, small batches, and processes that can be replaced while visitors wait
 
 Docs: https://imgcls.github.io/imgcls_nb/workers.html.md"""
 
@@ -11,6 +11,7 @@ __all__ = ['SERVICE_LIMITS', 'STATUS', 'Answer', 'refused', 'answer_batch', 'pac
 # %% ../nbs/11a_workers.ipynb #11a00001
 import asyncio
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -234,7 +235,7 @@ class _Worker:
 # %% ../nbs/11a_workers.ipynb #11a00028
 async def _start_worker(options: dict, seconds: float) -> tuple[_Worker, dict]:
     "A process that has opened the bundle, and what it says of itself."
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(inspect.getfile(Bundle)).resolve().parents[1])  # where the package is
     worker = _Worker(await asyncio.create_subprocess_exec(
         sys.executable, '-c', _PROGRAM, json.dumps(options), root,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE))

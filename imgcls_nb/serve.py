@@ -517,7 +517,7 @@ async def predict(
     "The answer to `POST /predict`."
     await self.pool.start()
     expected = self.pool.expected_wait()
-    if self.closing or expected > self.options.latency: raise _busy(expected, unread=True)
+    if expected > self.options.latency: raise _busy(expected, unread=True)
     with self.memory.account() as take:
         images = await read_images_of(request, self.options, take)
         try:

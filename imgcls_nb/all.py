@@ -29,5 +29,6 @@ from imgcls_nb.quantize import *
 from imgcls_nb.prune import *
 from imgcls_nb.distill import *
 from imgcls_nb.compress import *
+from imgcls_nb.page import page_policy
 from imgcls_nb.serve import create_app, serve
 from imgcls_nb.diagnose import *

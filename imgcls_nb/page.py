@@ -94,6 +94,7 @@ button, .button { display: inline-block; padding: .55rem 1.15rem; border: 1px so
   cursor: pointer; }
 .quiet { border-color: var(--edge); background: transparent; color: var(--ink); }
 button:hover, .button:hover { filter: brightness(1.08); } .quiet:hover { background: var(--wash); }
+button:disabled { opacity: .5; cursor: default; }
 :focus-visible, .button:focus-within { outline: 3px solid var(--accent); outline-offset: 3px; }
 input[type=file], #spoken { position: absolute; width: 1px; height: 1px; margin: 0; overflow: hidden;
   clip-path: inset(50%); white-space: nowrap; }
@@ -146,7 +147,7 @@ _STYLE += '''
 @keyframes turn { to { transform: rotate(360deg); } }
 .answer p { margin: .2rem 0; } .answer button { margin-top: .5rem; padding: .3rem .9rem; font-size: .92rem; }
 small { font-size: .82rem; }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
+@media (prefers-reduced-motion: reduce) { *, ::before { animation: none !important; } }
 '''
 
 # %% ../nbs/11b_page.ipynb #pa6e0026
@@ -268,7 +269,7 @@ function draw(job, found, elapsed) {
   const bars = make('ul', 'bars', ...found.top.map(bar));
   bars.setAttribute('role', 'list');
   const took = Math.round(elapsed), own = found.milliseconds;
-  const time = `${took} ms, of which ${own} ms in the service (${found.runtime})`;
+  const time = `${took} ms in all, service ${own} ms (${found.runtime})`;
   job.found = found;
   job.error = '';
   settle(job, found.sure ? 'sure' : 'unsure', ...verdict(found), bars, make('small', '', time));
@@ -503,6 +504,7 @@ _SCRIPT += '''
 document.body.classList.toggle('touch', navigator.maxTouchPoints > 0);
 for (const input of [byId.file, byId.camera]) {
   input.onchange = () => { add(input.files); input.value = ''; };
+  input.onkeydown = event => { if (event.key === 'Enter') { event.preventDefault(); input.click(); } };
 }
 const over = on => document.body.classList.toggle('over', on);
 window.ondragover = event => { event.preventDefault(); over(true); };

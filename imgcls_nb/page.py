@@ -58,7 +58,7 @@ _BODY += '''<section id="results" aria-labelledby="answers" hidden>
 <dialog id="ask" aria-labelledby="ask-title"><form method="dialog" novalidate>
 <h2 id="ask-title">This service asks for a key</h2>
 <label for="key">Key</label>
-<input id="key" type="password" autocomplete="off" autofocus aria-describedby="key-error key-help">
+<input id="key" type="password" autocomplete="off" aria-describedby="key-error key-help">
 <p id="key-error" class="error" role="alert"></p>
 <p id="key-help">This page remembers it until you close or reload it, and writes it nowhere.</p>
 <div class="buttons"><button>Go on</button>

@@ -56,6 +56,7 @@ class Front:
 
     def reset(self):
         self.busy, self.retry_after, self.key, self.delay, self.asked = 0, '1', None, 0.0, []
+        self.refusal_delays = []  # seconds until the first, second, … is told that it needs a key
         self.now = self.most = 0
 
     async def __call__(self, scope, receive, send):
@@ -82,7 +83,9 @@ class Front:
         path, headers = scope['path'], dict(scope['headers'])
         asks = path in ('/predict', '/info')
         if path == '/predict': self.asked.append(time.monotonic())
-        if asks and self.key and headers.get(b'authorization') != f'Bearer {self.key}'.encode(): return self.refusal(401, 'A key is needed.')
+        if asks and self.key and headers.get(b'authorization') != f'Bearer {self.key}'.encode():
+            await anyio.sleep(self.refusal_delays.pop(0) if self.refusal_delays else 0)
+            return self.refusal(401, 'A key is needed.')
         if path == '/predict' and self.busy:
             self.busy -= 1
             return self.refusal(503, 'The service is busy.', **{'retry-after': self.retry_after})
@@ -356,6 +359,7 @@ def test_one_refusal_holds_back_all(visit, front):
     assert [card['verdict'] for card in settled(page, 8)] == list('01234567')
     gaps = np.diff(front.asked)
     assert len(front.asked) == 11 and (gaps[:2] < 0.5).all() and gaps[2] >= 0.9, 'three at once, then nobody for a second'
+    assert page.evaluate('said') == ['The service is busy. It is asked again by itself.', '8 images, 8 sure.'], 'three refusals are one sentence'
 
 
 def test_a_service_that_stays_busy(visit, front):
@@ -391,6 +395,16 @@ def test_a_key(visit, front):
     page.reload()
     page.set_input_files('#file', digit_files(0))
     page.wait_for_selector('#ask[open]')
+
+
+def test_who_hears_late_that_a_key_is_needed_uses_the_one_that_came_meanwhile(visit, front):
+    front.key, front.refusal_delays = 'sesame', [0, 3]
+    page = visit()
+    page.set_input_files('#file', digit_files(0, 1))
+    page.fill('#key', 'sesame')
+    page.keyboard.press('Enter')
+    page.wait_for_selector('.card.sure')
+    assert [card['verdict'] for card in settled(page, 2)] == ['0', '1'] and page.locator('#ask').is_hidden()
 
 
 def test_no_key(visit, front):
@@ -430,14 +444,16 @@ def test_a_large_file_is_not_sent(visit, front):
 
 
 def test_clear_stops_what_is_on_its_way(visit, front):
-    front.delay = 1
+    front.delay = 4
     page = visit()
     page.set_input_files('#file', digit_files(*range(9)))
     page.wait_for_selector('.looking')
+    start = time.monotonic()
     page.click('#clear')
     front.delay = 0
     page.set_input_files('#file', digit_files(7))
     [card] = settled(page, 1)
+    assert time.monotonic() - start < 3, 'nobody waits for pictures that are gone'
     assert card['verdict'] == '7' and page.inner_text('#summary') == '1 image · 1 sure' and len(front.asked) == 4
 
 

@@ -29,6 +29,8 @@ from imgcls_nb.quantize import *
 from imgcls_nb.prune import *
 from imgcls_nb.distill import *
 from imgcls_nb.compress import *
+from imgcls_nb.workers import WorkerPool
+from imgcls_nb.page import page_policy
 from imgcls_nb.serve import ServiceOptions, create_app
 from imgcls_nb.server import serve
 from imgcls_nb.diagnose import *

@@ -7,8 +7,8 @@ import pytest
 
 from conftest import ROOT
 
-ORDER = 'run task image data label_tools sources check labelling balance augment models transfer train averaging distributed evaluate calibrate compare slices explain runtimes bundle hub export formats variants quantize prune distill compress workers serve server diagnose cli'.split()
-LIGHT = 'run task image runtimes bundle workers serve server cli'.split()
+ORDER = 'run task image data label_tools sources check labelling balance augment models transfer train averaging distributed evaluate calibrate compare slices explain runtimes bundle hub export formats variants quantize prune distill compress workers page serve server diagnose cli'.split()
+LIGHT = 'run task image runtimes bundle workers page serve server cli'.split()
 HEAVY = 'torch fastai matplotlib timm pandas sklearn'.split()
 
 
@@ -62,6 +62,6 @@ def test_no_two_chapters_give_one_name_to_two_things():
     import importlib
     owner = {}
     for module in ORDER:
-        if module in ('workers', 'serve', 'server', 'cli'): continue  # all.py takes single names of these, or none
+        if module in ('workers', 'page', 'serve', 'server', 'cli'): continue  # all.py takes single names of these, or none
         for name in importlib.import_module(f'imgcls_nb.{module}').__all__:
             assert owner.setdefault(name, module) == module, f'{name} is in {owner[name]} and in {module}'

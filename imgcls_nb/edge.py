@@ -1,4 +1,4 @@
-"""x
+"""A phone, a small board, a browser: the classifier goes to where the pictures are
 
 Docs: https://imgcls.github.io/imgcls_nb/edge.html.md"""
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from . import image
+from . import image as image_module
 from .bundle import Bundle, _read_file, load_bundle, plain, preferred_runtime
 from .run import InputError, whole_or_absent, write_json, write_text
 
@@ -59,7 +59,7 @@ class InputError(ValueError):
 
 def edge_preprocessing() -> str:  # Python
     "The source of chapter 01, which needs NumPy and Pillow alone, as a file that stands by itself."
-    source = inspect.getsource(image)
+    source = inspect.getsource(image_module)
     before, found, after = source.partition(_OWN_IMPORT)
     assert found, 'imgcls_nb.image imports something else from this library'
     return before + _OWN_ERROR + after
@@ -234,6 +234,8 @@ export async function load(folder = import.meta.url) { // gives a function from 
   const known = await facts.json();
   const options = { executionProviders: ['wasm'] };
   const session = await ort.InferenceSession.create(await model.arrayBuffer(), options);
+  const { height, width, channels } = known.preprocessing, blank = new Uint8Array(height * width * channels);
+  await session.run({ pixels: new ort.Tensor('uint8', blank, [1, height, width, channels]) }); // slow once
   let turn = Promise.resolve(); // a session answers one question at a time
   const classify = picture => turn = turn.catch(() => {}).then(() => answer(ort, session, known, picture));
   return { facts: known, threads: ort.env.wasm.numThreads, classify };
@@ -505,7 +507,10 @@ server for static files. For more than one thread, that server has to send the t
 In a page of your own: `import { load } from './classifier.js'`, then `const { classify } = await load()` and
 `await classify(file)`, where `file` is a `File`, a canvas or a frame of a video.
 """,
-    'litert': """    pip install -r requirements.txt
+}
+
+# %% ../nbs/11f_edge.ipynb #ed6e0031a
+_STARTS['litert'] = """    pip install -r requirements.txt
     python predict.py photo.jpg
 
 On Android, put `model.tflite` into the assets of the app and add `com.google.ai.edge.litert:litert` to its
@@ -519,8 +524,7 @@ dependencies. These lines are a sketch and were not run:
 Where `sure_from` asks for a familiarity, the model has a second output, an array of one number; which of
 the two is which, their shapes tell. Android's own `Bitmap.createScaledBitmap` is not the resampling below.
 If the answers differ from those of `predict.py`, look there first.
-""",
-}
+"""
 
 # %% ../nbs/11f_edge.ipynb #ed6e0032
 def edge_readme(

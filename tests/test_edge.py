@@ -11,6 +11,7 @@ import sys
 import threading
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageCms
 from skimage import data as photographs
@@ -285,6 +286,7 @@ def test_javascript_resizes_as_pillow_does(bundle, tmp_path):
                           list(INTERPOLATIONS)[number % 4])
         pixels = rng.integers(0, 2 if number % 2 else 256, (height, width, channels), np.uint8) * (255 if number % 2 else 1)
         image = dict(width=width, height=height, channels=channels, data=base64.b64encode(pixels.tobytes()).decode())
+        if PIL.__version__ < '13' and height - p.height > max(0, 2 * (width - p.width)): continue  # Pillow 13 takes these rows first
         cases.append(dict(image=image, facts=p.as_dict()))
         expected.append(p(Image.fromarray(pixels[..., 0] if channels == 1 else pixels)).tobytes())
     (tmp_path/'try.mjs').write_text(RESIZE)

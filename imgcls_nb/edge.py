@@ -25,7 +25,7 @@ class EdgeTarget:
     "A kind of device, and what the classifier takes along to it."
     engine: str  # what runs the network there, of chapter 08a
     model: str  # what the model's file is called there
-    requirements: tuple[str, ...]  # packages for Python, with the oldest version known to do
+    requirements: tuple[str, ...]  # packages for Python, each with a lower bound
     summary: str  # what it is, in a line
 
 

@@ -7,7 +7,7 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
            'data_command', 'models_command', 'compare_command', 'export_command', 'predict_command', 'serve_command',
-           'doctor_command', 'compress_command', 'make_parser', 'main']
+           'edge_command', 'doctor_command', 'compress_command', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -617,6 +617,35 @@ def serve_command(args: argparse.Namespace) -> int:
     serve(args.bundle, args.host, args.port, options, args.watch, args.quiet)
     return 0
 
+# %% ../nbs/21_cli.ipynb #ed6e0102
+def edge_command(args: argparse.Namespace) -> int:
+    "`imgcls edge BUNDLE FOLDER`: what a device needs, and nothing else."
+    from imgcls_nb.edge import EDGE_TARGETS, write_edge_folder
+    folder = write_edge_folder(_run_and_bundle(args.bundle)[1], args.out, args.target, args.runtime)
+    facts = json.loads((folder/'classifier.json').read_text(encoding='utf-8'))
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    found = dict(folder=str(folder), target=args.target, runtime=facts['runtime'], files=sizes)
+    if args.json: _print_line(found)
+    else:
+        print_table([[name, f'{size:,}'] for name, size in sizes.items()], ['file', 'bytes'],
+                    f'{EDGE_TARGETS[args.target].summary}, runtime {facts["runtime"]}')
+        print(f'Next:   read {shlex.quote(str(folder/"README.md"))}')
+    return 0
+
+
+def _add_edge(commands) -> None:
+    "Options of `imgcls edge`."
+    p = commands.add_parser('edge', help='a folder for a phone, a small board or a browser',
+                            formatter_class=_Format,
+                            epilog='example:\n  imgcls edge runs/digits/bundle page --target browser')
+    p.add_argument('bundle', help='a bundle or its run, such as runs/digits/bundle')
+    p.add_argument('out', metavar='FOLDER', help='where the folder will be; it must not exist')
+    p.add_argument('--target', required=True, choices=('litert', 'onnx', 'browser'),
+                   help='litert: phone, Raspberry Pi; onnx: Jetson, any Python; browser: a page')
+    p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
+    p.set_defaults(command=edge_command)
+
 # %% ../nbs/21_cli.ipynb #d4a10021
 SOURCES = "a data set's name, hf:OWNER/NAME, a folder, a table (.csv), arrays (.npz), a label tool's export"
 
@@ -919,7 +948,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
     for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_export, _add_compress,
-                _add_predict, _add_serve):
+                _add_predict, _add_serve, _add_edge):
         add(commands)
     return parser
 

@@ -30,4 +30,5 @@ from imgcls_nb.prune import *
 from imgcls_nb.distill import *
 from imgcls_nb.compress import *
 from imgcls_nb.serve import create_app, serve
+from imgcls_nb.scale import *
 from imgcls_nb.diagnose import *

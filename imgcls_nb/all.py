@@ -34,4 +34,5 @@ from imgcls_nb.page import page_policy
 from imgcls_nb.serve import ServiceOptions, create_app
 from imgcls_nb.server import serve
 from imgcls_nb.edge import *
+from imgcls_nb.scale import *
 from imgcls_nb.diagnose import *

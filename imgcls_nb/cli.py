@@ -563,6 +563,7 @@ def _image_paths(names: list[str]) -> Iterator[str]:
 # %% ../nbs/21_cli.ipynb #db793dd9
 def predict_command(args: argparse.Namespace) -> int:
     "`imgcls predict BUNDLE IMAGES…`: a label for each image, as a table or as JSON lines."
+    if args.out or args.engine: return _predict_batch(args)
     from imgcls_nb.bundle import load_bundle
     predictor = load_bundle(args.bundle).predictor(args.runtime)
     rows, failed, count = [], 0, 0
@@ -604,6 +605,21 @@ def _copy_by_class(path: Path, folder: Path) -> None:
     target, number = folder/path.name, 2
     while target.exists(): target, number = folder/f'{path.stem}-{number}{path.suffix}', number + 1
     shutil.copy2(path, target)
+
+# %% ../nbs/21_cli.ipynb #5ca1ec02
+def _predict_batch(args: argparse.Namespace) -> int:
+    "`imgcls predict BUNDLE SOURCE --out FOLDER`: every image of a source, into Parquet files."
+    if not args.out: raise InputError('--engine needs --out FOLDER, where the answers will be.')
+    if len(args.images) != 1 or args.sort_into:
+        raise InputError('With --out, name one source: a folder, a Parquet file, or a .txt file of paths.')
+    from imgcls_nb.scale import predict_many
+    with Screen(quiet=args.json).bar('predict') as progress:
+        summary = predict_many(args.bundle, args.images[0], args.out, args.engine or 'auto',
+                               runtime=args.runtime, top=args.top, progress=progress)
+    if args.json: _print_line(summary.as_dict())
+    else: print(f'{summary.images:,} images: {summary.sure:,} sure answers, {summary.errors:,} that could not '
+                f'be used; {summary.done_now:,} done now by {summary.engine}. Files: {args.out}')
+    return 1 if summary.errors else 0
 
 # %% ../nbs/21_cli.ipynb #7310b98c
 def serve_command(args: argparse.Namespace) -> int:
@@ -900,6 +916,9 @@ def _add_predict(commands) -> None:
     p.add_argument('--sort-into', metavar='FOLDER',
                    help='copy each image into FOLDER/CLASS, or into "FOLDER/not sure"')
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
+    p.add_argument('--out', metavar='FOLDER', help='for very many images: Parquet files of answers; the same '
+                                                   'command goes on after a kill')
+    p.add_argument('--engine', choices=['local', 'ray'], help='with --out (default: ray where it is installed)')
     p.set_defaults(command=predict_command)
 
 

@@ -196,7 +196,7 @@ class _Job:
     top: int  # how many classes to name
     arrived: float  # seconds, of the event loop's clock
     answer: asyncio.Future
-    excused: bool = False  # from the limit on waiting: a worker ended, which is not its sender's fault
+    excused: bool = False  # from the limit on waiting: a worker was free for it, or has ended
     tries: int = 0  # how many workers ended while they had it
 
 # %% ../nbs/11a_workers.ipynb #11a00008
@@ -315,7 +315,8 @@ def submit(
     expected = self.expected_wait()
     if self._closing or expected > self.latency: raise Busy(expected)
     loop = asyncio.get_running_loop()
-    job = _Job(image, top, loop.time(), loop.create_future(), excused=not self._ready)
+    job = _Job(image, top, loop.time(), loop.create_future(),
+               excused=expected == 0 or not self._ready)
     self._waiting.append(job)
     self._dispatch()
     return job.answer
@@ -323,7 +324,8 @@ def submit(
 
 @patch
 def expected_wait(self: WorkerPool) -> float:
-    "Seconds until an image that came now would be answered."
+    "Seconds until an image that came now would be answered; 0 where a worker has nothing else to do."
+    if not self._waiting and not all(worker.batches for worker in self._ready): return 0.0
     images = len(self._waiting) + sum(worker.load for worker in self._ready) + 1
     return images * self.seconds_per_image / max(1, len(self._ready))
 

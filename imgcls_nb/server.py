@@ -177,9 +177,25 @@ async def shutdown(self: _Server, sockets=None) -> None:
     "Every answer says goodbye for a while; then nobody is let in; then the rest is finished."
     self.service.closing = True
     await self._until_quiet(DRAIN_SECONDS)
-    for server in self.servers: server.close()
+    await self._close_the_door()
     await self._until_quiet(0.5)
     await uvicorn.Server.shutdown(self, sockets)
+
+
+@patch
+async def _close_the_door(self: _Server) -> None:
+    "Let nobody in any more; who has knocked already, and may have sent a request, is answered."
+    for server in self.servers: server.close()
+    self.door.setblocking(False)
+    guests = []
+    with contextlib.suppress(OSError):
+        self.door.listen(0)
+        while True: guests.append(self.door.accept()[0])
+    self.door.close()
+    def protocol(): return CarefulProtocol(self.config, self.server_state, self.lifespan.state)
+    for guest in guests:
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, guest)
 
 
 @patch
@@ -241,6 +257,7 @@ def serve(
     config = uvicorn.Config(app, http=CarefulProtocol, ws='none', log_config=None, access_log=False,
                             timeout_keep_alive=30, timeout_graceful_shutdown=30, server_header=False)
     server = _Server(config, app.state.service, Path(bundle), watch)
+    server.door = listening.dup()
     name, (host, port) = app.state.service.bundle.record.name, listening.getsockname()[:2]
     server.hello = f'Serving {name} at http://{host}:{port} (Ctrl-C stops it)'
     server.run(sockets=[listening])

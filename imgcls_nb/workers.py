@@ -243,6 +243,7 @@ async def _start_worker(options: dict, seconds: float) -> tuple[_Worker, dict]:
     except asyncio.TimeoutError: said = dict(error=f'A worker was not ready after {seconds:g} seconds')
     except BaseException:
         worker.kill()
+        await worker.process.wait()
         raise
     if 'error' not in said: return worker, said
     worker.kill()
@@ -389,7 +390,7 @@ def _finish(self: WorkerPool, worker: _Worker, answers: list[Answer]) -> None:
 @patch
 def _again(self: WorkerPool, job: _Job, begun: bool) -> None:
     "A worker has ended: its images are first in the queue, but none may end two workers."
-    job.tries, job.excused = job.tries + begun, True
+    job.tries, job.excused, job.arrived = job.tries + begun, True, asyncio.get_running_loop().time()
     if job.answer.done(): return
     if job.tries < 2: self._waiting.appendleft(job)
     else: job.answer.set_result(refused(422, 'The image stopped the work twice. Send another.', 'poison'))
@@ -503,4 +504,5 @@ async def stop(
     await asyncio.gather(*(worker.retire() for worker in self._alive))
     for job in self._waiting:
         if not job.answer.done(): job.answer.set_exception(Busy(1))
-    for task in list(self._tasks): task.cancel()
+    for task in (tasks := list(self._tasks)): task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -112,7 +112,8 @@ def renamed(source, target, name: str):
     "The same bundle under another name."
     shutil.copytree(source, target, dirs_exist_ok=True)
     record = json.loads((target/'bundle.json').read_text())
-    (target/'bundle.json').write_text(json.dumps(record | dict(classes=[f'{name}{i}' for i in range(10)])))
+    record['task']['classes'] = [f'{name}{i}' for i in range(10)]
+    (target/'bundle.json').write_text(json.dumps(record))
     return target
 
 
@@ -132,11 +133,12 @@ def test_workers_that_are_killed(start, how_many):
         assert len(workers_of(process)) == 2
 
 
-def test_a_worker_that_hangs(digits_run):
-    "It is stopped, not dead: after `patience` it is ended, and its image is answered by another."
+@pytest.mark.parametrize('workers, patience', [(2, 1), (1, 8)])
+def test_a_worker_that_hangs(digits_run, workers, patience):
+    "It is stopped, not dead: after `patience` it is ended, and its images are answered by another, be it one that has yet to start."
     from imgcls_nb.workers import WorkerPool
     async def ask():
-        pool = WorkerPool(digits_run['bundle'], workers=1, latency=30, patience=1)
+        pool = WorkerPool(digits_run['bundle'], workers=workers, latency=30, patience=patience)
         await pool.start()
         try:
             victim = pool.processes[0]

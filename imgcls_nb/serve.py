@@ -96,7 +96,7 @@ async def _body_parts(
         message = await request.receive()
         if message['type'] == 'http.disconnect': raise ClientDisconnect
         part, more = message.get('body', b''), message.get('more_body', False)
-        arrived += len(part)
+        arrived, request.state.whole = arrived + len(part), not more
         if arrived > limit: raise Refusal(413, reason, unread=more)
         take(len(part))
         yield part
@@ -129,6 +129,11 @@ class _EarlyReply(JSONResponse):
         await send(dict(type='http.response.body'))
 
 # %% ../nbs/11_serve.ipynb #5e000005
+class _FormParser(MultiPartParser):
+    "Starlette's reader of forms, in UTF-8 whatever the sender asks for: some of Python's codecs take minutes."
+    _charset = property(lambda self: 'utf-8', lambda self, asked: None)
+
+
 async def _read_form(
     request: Request,  # a form, `multipart/form-data`
     limit: int,  # bytes in all
@@ -137,7 +142,7 @@ async def _read_form(
 ) -> list[tuple[str, bytes]]:  # names and contents, in the order sent
     "The files in the field `file`."
     body = _body_parts(request, limit, take)
-    parser = MultiPartParser(request.headers, body, max_files=files, max_fields=10)
+    parser = _FormParser(request.headers, body, max_files=files, max_fields=10)
     parser.spool_max_size = limit  # nothing is written to disk
     try: form = await parser.parse()
     except MultiPartException as error:
@@ -180,7 +185,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal):
-        kind = _EarlyReply if refusal.unread else JSONResponse
+        kind = _EarlyReply if refusal.unread and not getattr(request.state, 'whole', False) else JSONResponse
         return reply(refusal.reason, refusal.status, refusal.headers, kind)
 
     @app.exception_handler(HTTPException)

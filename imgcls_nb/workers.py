@@ -197,7 +197,7 @@ class _Job:
     top: int  # how many classes to name
     arrived: float  # seconds, of the event loop's clock
     answer: asyncio.Future
-    excused: bool = False  # from the limit on waiting: a worker ended, which is not its sender's fault
+    excused: bool = False  # from the limit on waiting: a worker was free for it, or has ended
     tries: int = 0  # how many workers ended while they had it
 
 # %% ../nbs/11a_workers.ipynb #11a00008
@@ -244,6 +244,7 @@ async def _start_worker(options: dict, seconds: float) -> tuple[_Worker, dict]:
     except asyncio.TimeoutError: said = dict(error=f'A worker was not ready after {seconds:g} seconds')
     except BaseException:
         worker.kill()
+        await worker.process.wait()
         raise
     if 'error' not in said: return worker, said
     worker.kill()
@@ -316,7 +317,8 @@ def submit(
     expected = self.expected_wait()
     if self._closing or expected > self.latency: raise Busy(expected)
     loop = asyncio.get_running_loop()
-    job = _Job(image, top, loop.time(), loop.create_future(), excused=not self._ready)
+    job = _Job(image, top, loop.time(), loop.create_future(),
+               excused=expected == 0 or not self._ready)
     self._waiting.append(job)
     self._dispatch()
     return job.answer
@@ -324,7 +326,8 @@ def submit(
 
 @patch
 def expected_wait(self: WorkerPool) -> float:
-    "Seconds until an image that came now would be answered."
+    "Seconds until an image that came now would be answered; 0 where a worker has nothing else to do."
+    if not self._waiting and not all(worker.batches for worker in self._ready): return 0.0
     images = len(self._waiting) + sum(worker.load for worker in self._ready) + 1
     return images * self.seconds_per_image / max(1, len(self._ready))
 
@@ -388,7 +391,7 @@ def _finish(self: WorkerPool, worker: _Worker, answers: list[Answer]) -> None:
 @patch
 def _again(self: WorkerPool, job: _Job, begun: bool) -> None:
     "A worker has ended: its images are first in the queue, but none may end two workers."
-    job.tries, job.excused = job.tries + begun, True
+    job.tries, job.excused, job.arrived = job.tries + begun, True, asyncio.get_running_loop().time()
     if job.answer.done(): return
     if job.tries < 2: self._waiting.appendleft(job)
     else: job.answer.set_result(refused(422, 'The image stopped the work twice. Send another.', 'poison'))
@@ -502,4 +505,5 @@ async def stop(
     await asyncio.gather(*(worker.retire() for worker in self._alive))
     for job in self._waiting:
         if not job.answer.done(): job.answer.set_exception(Busy(1))
-    for task in list(self._tasks): task.cancel()
+    for task in (tasks := list(self._tasks)): task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

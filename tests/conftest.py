@@ -3,8 +3,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,47 @@ def photo_folder(tmp_path_factory) -> Path:
     "Photographs in every mode, odd names, and broken files, in folders with spaces and Chinese characters."
     from samples import make_photo_folder
     return make_photo_folder(tmp_path_factory.mktemp('photos')/'我的 photos')
+
+
+def free_port() -> int:
+    "A port that nobody uses now."
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def is_answering(port: int) -> bool:
+    "Whether a service says that it is ready."
+    try:
+        with socket.create_connection(('127.0.0.1', port), 5) as s:
+            s.sendall(b'GET /ready HTTP/1.0\r\n\r\n')
+            return s.recv(65536).startswith(b'HTTP/1.1 200')
+    except OSError: return False
+
+
+@contextmanager
+def started(command: list, port: int, stderr: Path, **environment: str):
+    "A service as a process; at the end it is told to stop, and its log holds no traceback."
+    with stderr.open('w') as log:
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=log,
+                                   env={**os.environ, **OFFLINE, **environment})
+    deadline = time.monotonic() + 60
+    try:
+        while not is_answering(port):
+            assert process.poll() is None and time.monotonic() < deadline, f'the service did not start: {stderr.read_text()}'
+            time.sleep(0.05)
+        yield process
+        process.terminate()
+        assert process.wait(40) in (0, -signal.SIGTERM, 130), stderr.read_text()
+    finally:
+        if process.poll() is None: process.kill()
+        process.wait()
+    assert 'Traceback' not in stderr.read_text(), stderr.read_text()
+
+
+def serving(bundle, port: int, stderr: Path, *options, **environment: str):
+    "`imgcls serve` as a process."
+    return started([IMGCLS, 'serve', bundle, '--port', port, *options], port, stderr, **environment)
 
 
 @pytest.fixture

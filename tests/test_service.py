@@ -1,9 +1,6 @@
 "The service, over real HTTP, from one command."
-import os
-import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -12,34 +9,17 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from conftest import IMGCLS, OFFLINE
+from conftest import free_port, serving
 from samples import MODES, encoded, in_mode, patch, truncated_jpeg
 from test_images import png_that_claims
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope='module')
-def service(digits_run):
+def service(digits_run, tmp_path_factory):
     "`imgcls serve` as a process, and a client for it."
     port = free_port()
-    process = subprocess.Popen([IMGCLS, 'serve', digits_run['bundle'], '--port', str(port)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **OFFLINE})
-    with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=20) as client:
-        deadline = time.monotonic() + 30
-        while True:
-            try: client.get('/health'); break
-            except httpx.TransportError:
-                assert process.poll() is None and time.monotonic() < deadline, 'the service did not start'
-                time.sleep(0.05)
-        yield client
-    process.terminate()
-    stderr = process.communicate(timeout=20)[1]
-    assert process.returncode in (0, -15, 130) and 'Traceback' not in stderr, stderr
+    with serving(digits_run['bundle'], port, tmp_path_factory.mktemp('service')/'stderr'):
+        with httpx.Client(base_url=f'http://127.0.0.1:{port}', timeout=20) as client: yield client
 
 
 def digit(i: int) -> tuple[bytes, str]:

@@ -239,3 +239,32 @@ def test_a_replica_dies_and_the_service_answers(digits_run, scans, expected):
     finally:
         stop_serving()
         ray.shutdown()
+
+
+@pytest.mark.ray
+@needs_ray
+def test_too_many_requests_are_told_so(digits_run, tmp_path):
+    import socket
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+    from skimage import data as photographs
+    from PIL import Image
+
+    from imgcls_nb.scale import serve_app, stop_serving
+    Image.fromarray(photographs.astronaut()).resize((2048, 2048)).save(tmp_path/'large.png')
+    body = (tmp_path/'large.png').read_bytes()
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    try:
+        address = serve_app(digits_run['bundle'], replicas=1, port=port, cpus=0.5, ongoing=1, queued=1)
+        with ThreadPoolExecutor(12) as pool:
+            replies = list(pool.map(lambda _: httpx.post(f'{address}/predict', content=body, timeout=60), range(24)))
+        assert {reply.status_code for reply in replies} == {200, 503}
+        assert all(not reply.text.startswith('{') for reply in replies if reply.status_code == 503)
+        assert httpx.post(f'{address}/predict', content=body, timeout=60).status_code == 200
+    finally:
+        stop_serving()
+        ray.shutdown()

@@ -150,9 +150,10 @@ def test_another_job_is_refused(digits_run, scans, tmp_path):
     other = tmp_path/'other'
     shutil.copytree(digits_run['bundle'], other)
     record = json.loads((other/'bundle.json').read_text())
+    used = json.loads((tmp_path/'out'/'manifest.json').read_text())['job']['runtime']
     (other/'bundle.json').write_text(json.dumps(dict(record, name='another')))
     for refused, options in [('bundle', dict(bundle=other)), ('source', dict(source=scans/'day-1')), ('top', dict(top=2)),
-                             ('runtime', dict(runtime='onnx' if record['preferred'] != 'onnx' else 'onnx-int8')),
+                             ('runtime', dict(runtime=next(name for name in record['runtimes'] if name != used))),
                              ('shard_rows', dict(shard_rows=9))]:
         with pytest.raises(InputError, match=f'another {refused}'): again(**options)
     with open(tmp_path/'out'/'shards.jsonl', 'a') as file: file.write('{"names": [], "rows": 0}\n')
@@ -214,7 +215,11 @@ def test_a_replica_dies_and_the_service_answers(digits_run, scans, expected):
 
     def replicas() -> list:
         "Processes of this Ray that hold a replica."
-        return [child for child in psutil.Process().children(recursive=True) if 'ServeReplica' in ' '.join(child.cmdline())]
+        found = []
+        for child in psutil.Process().children(recursive=True):
+            try: found += [child] if 'ServeReplica' in ' '.join(child.cmdline()) else []
+            except psutil.Error: pass  # it ended while we looked
+        return found
 
     def ask() -> httpx.Response:
         return httpx.post(f'{address}/predict', content=(scans/expected['image'][0]).read_bytes(), timeout=60)
@@ -231,6 +236,35 @@ def test_a_replica_dies_and_the_service_answers(digits_run, scans, expected):
             time.sleep(0.1)
         assert statuses[-5:] == [200] * 5 and statuses.count(200) > 0.8 * len(statuses), statuses
         assert len(replicas()) == 2 and {one.pid for one in replicas()} != {one.pid for one in first}
+    finally:
+        stop_serving()
+        ray.shutdown()
+
+
+@pytest.mark.ray
+@needs_ray
+def test_too_many_requests_are_told_so(digits_run, tmp_path):
+    import socket
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+    from skimage import data as photographs
+    from PIL import Image
+
+    from imgcls_nb.scale import serve_app, stop_serving
+    Image.fromarray(photographs.astronaut()).resize((2048, 2048)).save(tmp_path/'large.png')
+    body = (tmp_path/'large.png').read_bytes()
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    try:
+        address = serve_app(digits_run['bundle'], replicas=1, port=port, cpus=0.5, ongoing=1, queued=1)
+        with ThreadPoolExecutor(12) as pool:
+            replies = list(pool.map(lambda _: httpx.post(f'{address}/predict', content=body, timeout=60), range(24)))
+        assert {reply.status_code for reply in replies} == {200, 503}
+        assert all(not reply.text.startswith('{') for reply in replies if reply.status_code == 503)
+        assert httpx.post(f'{address}/predict', content=body, timeout=60).status_code == 200
     finally:
         stop_serving()
         ray.shutdown()

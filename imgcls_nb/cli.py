@@ -617,8 +617,8 @@ def _predict_batch(args: argparse.Namespace) -> int:
         summary = predict_many(args.bundle, args.images[0], args.out, args.engine or 'auto',
                                runtime=args.runtime, top=args.top, progress=progress)
     if args.json: _print_line(summary.as_dict())
-    else: print(f'{summary.images:,} images: {summary.sure:,} sure answers, {summary.errors:,} that could not '
-                f'be used; {summary.done_now:,} done now by {summary.engine}. Files: {args.out}')
+    else: print(f'{summary.images:,} images: {summary.sure:,} sure answers, {summary.errors:,} that could '
+                f'not be used; {summary.done_now:,} done now by {summary.engine}. Files: {args.out}')
     return 1 if summary.errors else 0
 
 # %% ../nbs/21_cli.ipynb #7310b98c
@@ -918,7 +918,7 @@ def _add_predict(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
     p.add_argument('--out', metavar='FOLDER', help='for very many images: Parquet files of answers; the same '
                                                    'command goes on after a kill')
-    p.add_argument('--engine', choices=['local', 'ray'], help='with --out (default: ray where it is installed)')
+    p.add_argument('--engine', choices=['local', 'ray'], help='with --out (default: ray if it is installed)')
     p.set_defaults(command=predict_command)
 
 

@@ -58,7 +58,8 @@ def _open_table(path: str | Path):
     "A Parquet file, not read yet."
     try: return _parquet().ParquetFile(path, pre_buffer=False)
     except (OSError, ValueError) as error:
-        raise InputError(f'{path} is no Parquet file that can be read: {str(error).splitlines()[0]}') from None
+        why = str(error).splitlines()[0]
+        raise InputError(f'{path} is no Parquet file that can be read: {why}') from None
 
 
 def _row_groups(root: Path, files: Iterator[str], rows: int) -> Iterator[dict]:
@@ -414,7 +415,8 @@ def predict_many(
     done = before
     for rows in run: progress(done := done + rows, manifest['rows'])
     total = _total(out, manifest)
-    return BatchSummary(total['images'], total['sure'], total['errors'], manifest['shards'], done - before, engine)
+    return BatchSummary(total['images'], total['sure'], total['errors'], manifest['shards'], done - before,
+                        engine)
 
 # %% ../nbs/11g_scale.ipynb #5ca1e039
 def _engine(engine: str) -> str:

@@ -130,7 +130,7 @@ class _EarlyReply(JSONResponse):
 
 # %% ../nbs/11_serve.ipynb #5e000005
 class _FormParser(MultiPartParser):
-    "Starlette's reader of forms, in UTF-8 whatever the sender asks for: some of Python's codecs take minutes."
+    "Starlette's reader of forms, in UTF-8 whatever the sender asks for: some codecs take minutes."
     _charset = property(lambda self: 'utf-8', lambda self, asked: None)
 
 

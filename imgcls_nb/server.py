@@ -106,7 +106,7 @@ def on_response_complete(self: CarefulProtocol) -> None:
         self._stop_timer()  # who still sends after the answer does so for a while, not for ever
         self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 
-
+# %% ../nbs/11c_server.ipynb #5e1c0033
 @patch
 def _stop_timer(self: CarefulProtocol) -> None:
     if self._timer: self._timer.cancel()

@@ -921,7 +921,7 @@ def _add_predict(commands) -> None:
     p.add_argument('--engine', choices=['local', 'ray'], help='with --out (default: ray if it is installed)')
     p.set_defaults(command=predict_command)
 
-
+# %% ../nbs/21_cli.ipynb #5c3493e7
 def _add_serve(commands) -> None:
     "Options of `imgcls serve`."
     p = commands.add_parser('serve', help='a web service and a page for people', formatter_class=_Format,

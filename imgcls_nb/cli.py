@@ -611,13 +611,13 @@ def _predict_batch(args: argparse.Namespace) -> int:
     "`imgcls predict BUNDLE SOURCE --out FOLDER`: every image of a source, into Parquet files."
     if not args.out: raise InputError('--engine needs --out FOLDER, where the answers will be.')
     if len(args.images) != 1 or args.sort_into:
-        raise InputError('With --out, name one source: a folder, a Parquet file, or a .txt file of paths.')
+        raise InputError('With --out, name one source: a folder, a Parquet file or a .txt file of paths.')
     from imgcls_nb.scale import predict_many
     with Screen(quiet=args.json).bar('predict') as progress:
         summary = predict_many(args.bundle, args.images[0], args.out, args.engine or 'auto',
                                runtime=args.runtime, top=args.top, progress=progress)
     if args.json: _print_line(summary.as_dict())
-    else: print(f'{summary.images:,} images: {summary.sure:,} sure answers, {summary.errors:,} that could not '
+    else: print(f'{summary.images:,} images: {summary.sure:,} sure answers, {summary.errors:,} that cannot '
                 f'be used; {summary.done_now:,} done now by {summary.engine}. Files: {args.out}')
     return 1 if summary.errors else 0
 
@@ -884,7 +884,8 @@ def _add_predict(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
     p.add_argument('--out', metavar='FOLDER', help='for very many images: Parquet files of answers; the same '
                                                    'command goes on after a kill')
-    p.add_argument('--engine', choices=['local', 'ray'], help='with --out (default: ray where it is installed)')
+    p.add_argument('--engine', choices=['local', 'ray'],
+                   help='with --out (default: ray where it is installed)')
     p.set_defaults(command=predict_command)
 
 

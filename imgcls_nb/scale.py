@@ -58,16 +58,15 @@ def _open_table(path: str | Path):
     "A Parquet file, not read yet."
     try: return _parquet().ParquetFile(path, pre_buffer=False)
     except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f'{path} is no Parquet file that can be read: {why}') from None
+        raise InputError(f'{path} cannot be read as a Parquet file: {str(error).splitlines()[0]}') from None
 
 
 def _row_groups(root: Path, files: Iterator[str], rows: int) -> Iterator[dict]:
     "Shards of whole row groups, with as many rows as fit, at least one group."
     for name in files:
         path = root/name
-        with _open_table(path) as table: sizes = [table.metadata.row_group(g).num_rows
-                                                  for g in range(table.num_row_groups)]
+        with _open_table(path) as table:
+            sizes = [table.metadata.row_group(g).num_rows for g in range(table.num_row_groups)]
         first, start = 0, 0
         for group in range(len(sizes)):
             if group + 1 < len(sizes) and sum(sizes[first:group + 2]) <= rows: continue
@@ -415,8 +414,8 @@ def predict_many(
     done = before
     for rows in run: progress(done := done + rows, manifest['rows'])
     total = _total(out, manifest)
-    return BatchSummary(total['images'], total['sure'], total['errors'], manifest['shards'], done - before,
-                        engine)
+    return BatchSummary(total['images'], total['sure'], total['errors'], manifest['shards'],
+                        done - before, engine)
 
 # %% ../nbs/11g_scale.ipynb #5ca1e039
 def _engine(engine: str) -> str:

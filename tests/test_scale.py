@@ -161,7 +161,7 @@ def test_another_job_is_refused(digits_run, scans, tmp_path):
 
 
 @pytest.mark.parametrize('source, words', [('nothing', 'There is nothing'), ('empty', 'No images'), ('a.jpg', 'no folder'),
-                                           ('bad.parquet', 'no Parquet file'), ('text.parquet', 'holds bytes')])
+                                           ('bad.parquet', 'as a Parquet file'), ('text.parquet', 'holds bytes')])
 def test_sources_that_cannot_be_used(source, words, digits_run, tmp_path):
     (tmp_path/'empty').mkdir()
     (tmp_path/'a.jpg').touch()

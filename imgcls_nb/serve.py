@@ -131,7 +131,7 @@ class _EarlyReply(JSONResponse):
 
 # %% ../nbs/11_serve.ipynb #5e000005
 class _FormParser(MultiPartParser):
-    "Starlette's reader of forms, in UTF-8 whatever the sender asks for: some of Python's codecs take minutes."
+    "Starlette's reader of forms, in UTF-8 whatever is asked for: some of Python's codecs take minutes."
     _charset = property(lambda self: 'utf-8', lambda self, asked: None)
 
 
@@ -186,7 +186,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal):
-        kind = _EarlyReply if refusal.unread and not getattr(request.state, 'whole', False) else JSONResponse
+        unread = refusal.unread and not getattr(request.state, 'whole', False)
+        kind = _EarlyReply if unread else JSONResponse
         return reply(refusal.reason, refusal.status, refusal.headers, kind)
 
     @app.exception_handler(HTTPException)

@@ -185,7 +185,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal):
-        kind = _EarlyReply if refusal.unread and not getattr(request.state, 'whole', False) else JSONResponse
+        unread = refusal.unread and not getattr(request.state, 'whole', False)
+        kind = _EarlyReply if unread else JSONResponse
         return reply(refusal.reason, refusal.status, refusal.headers, kind)
 
     @app.exception_handler(HTTPException)

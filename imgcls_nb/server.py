@@ -11,11 +11,13 @@ __all__ = ['MAX_CONNECTIONS', 'HEADER_BYTES', 'HEADER_SECONDS', 'MAX_PIPELINED',
 # %% ../nbs/11c_server.ipynb #5e1c0001
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -52,7 +54,7 @@ def _plain_answer(status: int) -> bytes:
 # %% ../nbs/11c_server.ipynb #5e1c0003
 class CarefulProtocol(HttpToolsProtocol):
     "Uvicorn's reader of HTTP, with an end to connections, and to the time and size of headers."
-    _timer, _header_bytes, _in_headers = None, 0, True
+    _timer, _running, _header_bytes, _in_headers = None, None, 0, True
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -61,6 +63,8 @@ class CarefulProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc) -> None:
         self._stop_timer()
+        if self._running: self._running.disconnected = True  # uvicorn tells the latest request only
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -128,6 +132,12 @@ def _end(self: CarefulProtocol, status: int) -> None:
 
 # %% ../nbs/11c_server.ipynb #5e1c0023
 @patch
+def _start_asgi_task(self: CarefulProtocol, cycle, app) -> None:
+    self._running = cycle
+    HttpToolsProtocol._start_asgi_task(self, cycle, app)
+
+
+@patch
 def pause_writing(self: CarefulProtocol) -> None:
     HttpToolsProtocol.pause_writing(self)
     self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
@@ -182,6 +192,13 @@ async def shutdown(self: _Server, sockets=None) -> None:
     await uvicorn.Server.shutdown(self, sockets)
 
 
+def _drop_what_arrives(listening: socket.socket) -> None:
+    "Linux only: a filter that lets no packet through, so that nobody knocks after the last look."
+    nothing = ctypes.create_string_buffer(struct.pack('=HBBI', 6, 0, 0, 0))  # the program "return 0"
+    with contextlib.suppress(OSError):  # some sandboxes have no filters
+        listening.setsockopt(socket.SOL_SOCKET, 26, struct.pack('HP', 1, ctypes.addressof(nothing)))
+
+
 @patch
 async def _close_the_door(self: _Server) -> None:
     "Let nobody in any more; who has knocked already, and may have sent a request, is answered."
@@ -189,7 +206,7 @@ async def _close_the_door(self: _Server) -> None:
     self.door.setblocking(False)
     guests = []
     with contextlib.suppress(OSError):
-        self.door.listen(0)
+        if sys.platform == 'linux': _drop_what_arrives(self.door)
         while True: guests.append(self.door.accept()[0])
     self.door.close()
     def protocol(): return CarefulProtocol(self.config, self.server_state, self.lifespan.state)
@@ -197,7 +214,7 @@ async def _close_the_door(self: _Server) -> None:
         with contextlib.suppress(OSError):
             await asyncio.get_running_loop().connect_accepted_socket(protocol, guest)
 
-
+# %% ../nbs/11c_server.ipynb #5e1c0034
 @patch
 async def _until_quiet(self: _Server, seconds: float) -> None:
     "Wait until nobody is connected, but not for ever."

@@ -6,6 +6,7 @@ import random
 import re
 import socket
 import struct
+import sys
 import time
 import zipfile
 import zlib
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from conftest import free_port, serving
+from conftest import free_port, serving, started
 from samples import encoded, in_mode, patch, rotated_exif
 from test_images import png_that_claims
 
@@ -352,6 +353,16 @@ def test_a_flood_of_pipelined_requests_ends(victim):
     assert megabytes(victim[1]) < before + 100
 
 
+def test_those_who_hang_up_after_many_questions(victim):
+    "The answers have nowhere to go; the log, which is looked at in the end, holds no traceback for that."
+    for i in range(30):
+        s = socket.create_connection(('127.0.0.1', victim[0]))
+        s.sendall(get(b'/info') * 20)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        time.sleep(i / 2000)
+        s.close()
+
+
 def test_a_refused_form_does_not_hold_up_the_connection(victim):
     "The answer to the next request on the same connection comes at once, not when a wait for more of the form is over."
     with socket.create_connection(('127.0.0.1', victim[0])) as s:
@@ -440,3 +451,23 @@ def test_one_slow_image_does_not_lock_everybody_out(digits_run):
             return pool.seconds_per_image
         finally: await pool.stop()
     assert asyncio.run(ask()) < 0.5  # it has learnt that they are fast again
+
+
+def test_who_never_reads_the_answers_is_sent_away(digits_run, tmp_path):
+    "Answers that nobody takes fill the socket; after a while the connection is cut, and it is no longer counted."
+    port = free_port()
+    program = ('import sys, imgcls_nb.server as server; server.STALLED_SECONDS = 1; from imgcls_nb.serve import ServiceOptions; '
+               'server.serve(sys.argv[1], port=int(sys.argv[2]), options=ServiceOptions(workers=1), quiet=True)')
+    with started([sys.executable, '-c', program, digits_run['bundle'], port], port, tmp_path/'stderr') as process:
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.connect(('127.0.0.1', port))
+            s.settimeout(0.2)
+            deadline, cut = time.monotonic() + 40, False
+            while not cut and time.monotonic() < deadline:
+                time.sleep(0.002)  # fewer at a time than may wait behind one another: this is about answers, not about requests
+                try: s.send(get(b'/info'))
+                except TimeoutError: pass
+                except ConnectionError: cut = True
+            assert cut and megabytes(process.pid) < 1000
+        assert visit(port, get())[0] == 200

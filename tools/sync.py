@@ -31,9 +31,14 @@ def toml_list(values: list[str]) -> str:
     return '[\n' + ''.join(f'    {json.dumps(value)},\n' for value in values) + ']'
 
 
+def lines(value: str) -> list[str]:
+    "One requirement a line; it may have spaces in it."
+    return [line.strip() for line in value.splitlines() if line.strip()]
+
+
 def extras(s: dict[str, str]) -> dict[str, list[str]]:
     "`dev_requirements` is the extra `dev`, `edge_requirements` the extra `edge`, and so on."
-    return {key.removesuffix('_requirements'): value.split() for key, value in s.items() if key.endswith('_requirements')}
+    return {key.removesuffix('_requirements'): lines(value) for key, value in s.items() if key.endswith('_requirements')}
 
 
 def pyproject(s: dict[str, str]) -> str:
@@ -55,7 +60,7 @@ def pyproject(s: dict[str, str]) -> str:
         'license-files = ["LICENSE"]',
         'authors = [{' + ', '.join(f'{key} = {quote(value)}' for key, value in author.items()) + '}]',
         f'keywords = {toml_list(s["keywords"].split())}', f'classifiers = {toml_list(classifiers)}',
-        f'dependencies = {toml_list(s["requirements"].split())}', '',
+        f'dependencies = {toml_list(lines(s["requirements"]))}', '',
         '[project.optional-dependencies]', *(f'{name} = {toml_list(needs)}' for name, needs in extras(s).items()), '',
         '[project.urls]', f'Repository = {quote(code)}', f'Documentation = {quote(site)}', '',
         '[project.scripts]', *(f'{name} = {quote(target)}' for name, target in scripts), '',

@@ -208,23 +208,25 @@ async def open_loop(port, requests, rate, seconds):
     return found
 
 
-def load(job: dict) -> list:
+def load(job: dict) -> None:
     "Run a loop in this process, with uvloop where there is one; the parent calls it through a fresh process."
     import base64
     requests = [base64.b64decode(each) for each in job['requests']]
     work = (closed_loop(job['port'], requests, job['clients'], job['seconds']) if job['kind'] == 'closed'
             else open_loop(job['port'], requests, job['rate'], job['seconds']))
-    try: import uvloop
-    except ImportError: return asyncio.run(work)
-    return uvloop.run(work)
+    try: from uvloop import run
+    except ImportError: from asyncio import run
+    Path(job['out']).write_text(json.dumps(run(work)))
 
 
 def drive(side: Side, images: list[bytes], **job) -> list:
     "Have a fresh process ask a service."
     import base64
     job |= dict(port=side.port, requests=[base64.b64encode(side.request(each)).decode() for each in images])
-    done = subprocess.run([sys.executable, __file__, '--load'], input=json.dumps(job), capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        job['out'] = str(Path(folder)/'found.json')
+        subprocess.run([sys.executable, __file__, '--load'], input=json.dumps(job), text=True, check=True)
+        return json.loads(Path(job['out']).read_text())
 
 
 def summary(found: list, seconds: float) -> dict:
@@ -391,7 +393,7 @@ def main():
     parser.add_argument('--lite0', help='a bundle, instead of tf_efficientnet_lite0 exported now')
     parser.add_argument('--load', action='store_true', help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.load: return print(json.dumps(load(json.load(sys.stdin))))
+    if options.load: return load(json.load(sys.stdin))
     with tempfile.TemporaryDirectory() as folder:
         dict(digits=digits_part, photos=photos_part, overload=overload_part)[options.part](options, folder)
 

@@ -213,10 +213,14 @@ class _Worker:
     @property
     def load(self) -> int: return sum(map(len, self.batches))
 
+    @property
+    def ended(self) -> bool: return self.process.stdout.at_eof()  # before `_listen` hears of it
+
     def send(self, batch: list[_Job], now: float) -> None:
         if not self.batches: self.since = now
         self.batches.append(batch)
-        self.process.stdin.write(pack_images([(job.image, job.top) for job in batch]))
+        with suppress(RuntimeError, OSError):  # it has just ended: `_listen` takes the batch back
+            self.process.stdin.write(pack_images([(job.image, job.top) for job in batch]))
 
     async def receive(self) -> bytes:
         size, = _LENGTH.unpack(await self.process.stdout.readexactly(_LENGTH.size))
@@ -336,8 +340,8 @@ def expected_wait(self: WorkerPool) -> float:
 def _dispatch(self: WorkerPool) -> None:
     "Give what waits to whoever has the least to do."
     while self._waiting and self._ready:
-        worker = min(self._ready, key=lambda each: len(each.batches))
-        if len(worker.batches) >= _AHEAD: return
+        worker = min(self._ready, key=lambda each: (each.ended, len(each.batches)))
+        if worker.ended or len(worker.batches) >= _AHEAD: return
         now = asyncio.get_running_loop().time()
         if batch := self._take(worker, now): worker.send(batch, now)
 

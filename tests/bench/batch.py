@@ -48,8 +48,8 @@ def write_images(folder: Path, images: int) -> None:
         path.write_bytes(files[number % 1000])
 
 
-def watched(command: list[str], stop=lambda: False) -> tuple[float, list[tuple[float, float]]]:
-    "Seconds, and (time, megabytes of all its processes) every half second; killed when `stop()` says so."
+def watched(command: list[str], begun, stop=lambda: False) -> tuple[float, list[tuple[float, float]]]:
+    "Seconds, and (time, megabytes of all its processes) every quarter second once work has `begun()`; killed when `stop()`."
     start, samples = time.perf_counter(), []
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
@@ -60,18 +60,18 @@ def watched(command: list[str], stop=lambda: False) -> tuple[float, list[tuple[f
         for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             try: total += one.memory_info().rss
             except psutil.Error: pass
-        samples.append((time.perf_counter() - start, total / 1e6))
-        time.sleep(0.5)
+        if begun(): samples.append((time.perf_counter() - start, total / 1e6))
+        time.sleep(0.25)
     code = process.wait()
     if code not in (0, -signal.SIGKILL): raise SystemExit(f'failed with {code}: {command[-4:]}')
     return time.perf_counter() - start, samples
 
 
 def thirds(samples: list[tuple[float, float]]) -> str:
-    "The largest memory in the first and in the last third of the time."
-    end = samples[-1][0]
-    first = max(mb for at, mb in samples if at <= end / 3)
-    last = max(mb for at, mb in samples if at >= 2 * end / 3)
+    "The largest memory in the first and in the last third of the time in which answers were written."
+    begin, end = samples[0][0], samples[-1][0]
+    first = max(mb for at, mb in samples if at <= begin + (end - begin) / 3)
+    last = max(mb for at, mb in samples if at >= end - (end - begin) / 3)
     return f'{first:6.0f} MB at most in the first third, {last:6.0f} MB in the last'
 
 
@@ -92,7 +92,8 @@ def main() -> None:
         home = Path(home)
         write_images(home/'in', args.images)
         print(f'{args.images:,} images; load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors', flush=True)
-        seconds, samples = watched([sys.executable, '-c', LOOP, bundle, str(home/'in'), str(home/'loop.jsonl')])
+        seconds, samples = watched([sys.executable, '-c', LOOP, bundle, str(home/'in'), str(home/'loop.jsonl')],
+                                   lambda: (home/'loop.jsonl').exists() and (home/'loop.jsonl').stat().st_size)
         print(f'loop  {args.images / seconds:7.0f} images/s  {thirds(samples)}', flush=True)
         for engine in engines: measure(engine, bundle, home, args.images)
 
@@ -101,15 +102,15 @@ def measure(engine: str, bundle: str, home: Path, images: int) -> None:
     "One engine: half, a kill, the other half."
     out = home/engine
     command = [sys.executable, '-c', JOB, bundle, str(home/'in'), str(out), engine]
-    half = images // 2000
-    first, samples = watched(command, lambda: len(list(out.glob('part-*.parquet'))) >= half)
+    half, parts = images // 2000, lambda: len(list(out.glob('part-*.parquet')))
+    first, samples = watched(command, lambda: parts() > 0, lambda: parts() >= half)
     print(f'{engine:5} {thirds(samples)}, until the kill', flush=True)
     time.sleep(5)
     there = count(out)
-    second, samples = watched(command)
+    second, samples = watched(command, lambda: parts() > there[0])
     print(f'{engine:5} {thirds(samples)}, after it', flush=True)
     both = dict(at_the_kill=there, at_the_end=count(out), rows_wanted=json.loads((out/'manifest.json').read_text())['rows'])
-    print(f'{engine:5} {images / (first + second):7.0f} images/s, both starts included; (parts, rows, different images): {both}', flush=True)
+    print(f'{engine:5} {images / (first + second):7.0f} images/s, both starts included ({first:.0f} s and {second:.0f} s); (parts, rows, different images): {both}', flush=True)
 
 
 if __name__ == '__main__': main()

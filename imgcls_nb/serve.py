@@ -21,11 +21,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from urllib.parse import parse_qs
 
 from anyio import fail_after, move_on_after
-from fastapi import FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastcore.basics import patch
@@ -128,6 +127,13 @@ class _EarlyReply(JSONResponse):
             while (await receive()).get('more_body'): pass
         await send(dict(type='http.response.body'))
 
+# %% ../nbs/11_serve.ipynb #5e000030
+def _refusal_answer(request: Request, refusal: Refusal) -> JSONResponse:
+    "What the sender of a refused request hears."
+    unread = refusal.unread and not getattr(request.state, 'whole', False)
+    kind = _EarlyReply if unread else JSONResponse
+    return kind(dict(error=refusal.reason), refusal.status, refusal.headers)
+
 # %% ../nbs/11_serve.ipynb #5e000005
 class _FormParser(MultiPartParser):
     "Starlette's reader of forms, in UTF-8 whatever the sender asks for: some codecs take minutes."
@@ -184,19 +190,11 @@ def _answer_errors(app: FastAPI) -> None:
         return kind(dict(error=sentence), status, headers)
 
     @app.exception_handler(Refusal)
-    async def refused(request: Request, refusal: Refusal):
-        unread = refusal.unread and not getattr(request.state, 'whole', False)
-        kind = _EarlyReply if unread else JSONResponse
-        return reply(refusal.reason, refusal.status, refusal.headers, kind)
+    async def refused(request: Request, refusal: Refusal): return _refusal_answer(request, refusal)
 
     @app.exception_handler(HTTPException)
     async def misdirected(request: Request, problem: HTTPException):
         return reply(_reason(problem), problem.status_code, problem.headers, _EarlyReply)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, problem: RequestValidationError):
-        first = problem.errors()[0]
-        return reply(f'"{first["loc"][-1]}" is wrong: {first["msg"]}.', 422, kind=_EarlyReply)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, problem: ClientDisconnect): return reply('The sender hung up.', 400)
@@ -247,7 +245,9 @@ class FormAnswers(BaseModel):
 _EXAMPLE = dict(label='cat', probability=0.93, sure=True, reason=None, runtime='onnx', milliseconds=6.1,
                 top=[dict(label='cat', probability=0.93), dict(label='dog', probability=0.07)])
 _FILE = dict(type='array', items=dict(type='string', format='binary'), minItems=1)
-_UPLOAD = dict(requestBody=dict(required=True, content={
+_TOP = dict(name='top', schema=dict(type='integer', minimum=1, maximum=1000, default=3),
+            description='How many classes to name.', **{'in': 'query'})
+_UPLOAD = dict(parameters=[_TOP], requestBody=dict(required=True, content={
     'image/*': dict(schema=dict(type='string', format='binary')),
     'multipart/form-data': dict(schema=dict(type='object', required=['file'], properties=dict(file=_FILE)))}))
 _MEANINGS = {400: 'A form that cannot be read.', 401: 'The service asks for a key.', 408: 'Too slow.',
@@ -341,15 +341,23 @@ async def _answer_several(
         entries.append(head[:-1].encode(errors='replace') + b', ' + answer.body[1:])
     return b'{"answers": [' + b', '.join(entries) + b']}'
 
+# %% ../nbs/11_serve.ipynb #5e000031
+def _asked_top(query: bytes) -> int:
+    "How many classes to name: `top` of the address, 3 by default."
+    if not query: return 3
+    asked = parse_qs(query.decode('latin-1'), keep_blank_values=True).get('top', ['3'])[-1]
+    if re.fullmatch('[0-9]{1,4}', asked) and 1 <= int(asked) <= 1000: return int(asked)
+    raise Refusal(422, '"top" has to be a whole number from 1 to 1000.', unread=True)
+
 # %% ../nbs/11_serve.ipynb #5e00000d
 @patch
 async def predict(
     self: Service,  # of an app that runs
     request: Request,  # with one image or several
-    top: int = 3,  # classes to name
 ) -> Response:
-    "The answer to `POST /predict`."
+    "The answer to `POST /predict`, or a `Refusal`."
     await self.pool.start()
+    top = _asked_top(request.scope['query_string'])
     expected = self.pool.expected_wait()
     if expected > self.options.latency: raise _busy(expected, unread=True)
     with self.memory.account() as take:
@@ -405,7 +413,8 @@ async def _checked(self: _Envelope, scope, receive, send, headers: dict[bytes, b
     "The app, for those who may ask it."
     keys = self.service.options.keys
     if not keys or scope['path'] in _OPEN_PATHS or _has_key(keys, headers.get(b'authorization', b'')):
-        return await self.app(scope, receive, send)
+        image = scope['path'] == '/predict' and scope['method'] == 'POST'
+        return await (self._predict if image else self.app)(scope, receive, send)
     problem = dict(error='This service asks for a key: send the header "Authorization: Bearer KEY".')
     await _EarlyReply(problem, 401, {'WWW-Authenticate': 'Bearer'})(scope, receive, send)
 
@@ -420,6 +429,16 @@ def _note(self: _Envelope, scope, status: int, seconds: float) -> None:
         _log.info('request', extra=dict(fields=dict(
             id=scope['request_id'].decode(), method=scope['method'], path=scope['path'][:200],
             status=status, milliseconds=round(1000 * seconds, 2))))
+
+# %% ../nbs/11_serve.ipynb #5e000032
+@patch
+async def _predict(self: _Envelope, scope: Scope, receive: Receive, send: Send) -> None:
+    "The short way of an image."
+    request = Request(scope, receive)
+    try: answer = await self.service.predict(request)
+    except Refusal as refusal: answer = _refusal_answer(request, refusal)
+    except ClientDisconnect: answer = JSONResponse(dict(error='The sender hung up.'), 400)
+    await answer(scope, receive, send)
 
 # %% ../nbs/11_serve.ipynb #5e000011
 def _add_routes(app: FastAPI, service: Service) -> None:
@@ -470,9 +489,9 @@ def create_app(
     _add_routes(app, service)
 
     @app.post('/predict', openapi_extra=_UPLOAD, responses=_ANSWERS, response_model=None)
-    async def predict(request: Request, top: Annotated[int, Query(ge=1, le=1000)] = 3):
+    async def predict(request: Request):
         "What is in the picture: the body is an image file, or a form with files in the field `file`."
-        return await service.predict(request, top)
+        return await service.predict(request)
 
     app.add_middleware(_Envelope, service=service)
     if options.origins:

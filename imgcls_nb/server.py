@@ -272,7 +272,8 @@ def serve(
     listening = _listen(host, port)
     log_to(sys.stderr, logging.WARNING if quiet else logging.INFO)
     config = uvicorn.Config(app, http=CarefulProtocol, ws='none', log_config=None, access_log=False,
-                            timeout_keep_alive=30, timeout_graceful_shutdown=30, server_header=False)
+                            timeout_keep_alive=30, timeout_graceful_shutdown=30, server_header=False,
+                            proxy_headers=False)
     server = _Server(config, app.state.service, Path(bundle), watch)
     server.door = listening.dup()
     name, (host, port) = app.state.service.bundle.record.name, listening.getsockname()[:2]

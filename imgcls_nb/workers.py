@@ -256,6 +256,7 @@ async def _start_worker(options: dict, seconds: float) -> tuple[_Worker, dict]:
 
 # %% ../nbs/11a_workers.ipynb #11a00009
 _MESSAGE_BYTES = 16_000_000  # a batch ends when it has this much
+_BATCH_SECONDS = 0.02  # of work in a batch: in more, what a call costs no longer counts, but memory does
 _AHEAD = 2  # batches that a worker may have: one in work, one on the way
 _log = logging.getLogger('imgcls_nb.service')
 
@@ -349,7 +350,8 @@ def _dispatch(self: WorkerPool) -> None:
 @patch
 def _take(self: WorkerPool, worker: _Worker, now: float) -> list[_Job]:
     "The next batch: a fair share of what waits, not too large; who has waited too long is sent away."
-    fair = min(self.batch, math.ceil(len(self._waiting) / len(self._ready)))
+    useful = max(1, int(_BATCH_SECONDS / max(self.seconds_per_image, 1e-6)))
+    fair = min(self.batch, useful, math.ceil(len(self._waiting) / len(self._ready)))
     latest = self.latency - (worker.load + fair) * self.seconds_per_image
     batch, size = [], 0
     while self._waiting and len(batch) < fair and size < _MESSAGE_BYTES:

@@ -30,4 +30,6 @@ from imgcls_nb.prune import *
 from imgcls_nb.distill import *
 from imgcls_nb.compress import *
 from imgcls_nb.serve import create_app, serve
+from imgcls_nb.client import *
+from imgcls_nb.apps import *
 from imgcls_nb.diagnose import *

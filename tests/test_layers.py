@@ -7,8 +7,8 @@ import pytest
 
 from conftest import ROOT
 
-ORDER = 'run task image data label_tools sources check labelling balance augment models transfer train averaging distributed evaluate calibrate compare slices explain runtimes bundle hub export formats variants quantize prune distill compress serve diagnose cli'.split()
-LIGHT = 'run task image runtimes bundle serve cli'.split()
+ORDER = 'run task image data label_tools sources check labelling balance augment models transfer train averaging distributed evaluate calibrate compare slices explain runtimes bundle hub export formats variants quantize prune distill compress serve client apps diagnose cli'.split()
+LIGHT = 'run task image runtimes bundle serve client apps cli'.split()
 HEAVY = 'torch fastai matplotlib timm pandas sklearn'.split()
 
 

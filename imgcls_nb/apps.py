@@ -32,12 +32,14 @@ from .run import ImgclsError, InputError, whole_or_absent, write_text
 
 # %% ../nbs/11e_apps.ipynb #11e0000a
 def _thumbnail(image: Image.Image) -> str:
-    "A picture of at most 160 pixels as the address of an `<img>`."
+    "A picture of at most 160 pixels; a tiny one keeps its pixels as squares."
     image = image.copy()
     image.thumbnail((160, 160))
     file = io.BytesIO()
     image.save(file, 'PNG')
-    return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+    squares = ';image-rendering:pixelated' if max(image.size) < 100 else ''
+    return (f'<img alt="" style="width:120px;height:120px;object-fit:contain{squares}" '
+            f'src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
 
 
 def _verdict(answer: Prediction) -> str:
@@ -62,10 +64,9 @@ def _bars(answer: Prediction) -> str:
 
 def _card(name: str, picture: str, text: str) -> str:
     "A picture with its name on the left, words on the right."
-    shown = f'<img src="{picture}" alt="" style="width:120px;height:120px;object-fit:contain">' if picture else ''
     return ('<div style="display:flex;gap:1em;align-items:center;max-width:34em;padding:.8em;margin:.5em 0;'
             'border:1px solid rgba(128,128,128,.5);border-radius:8px;line-height:1.4">'
-            f'<div style="flex:0 0 120px;overflow-wrap:anywhere">{shown}<small>{html.escape(name)}</small></div>'
+            f'<div style="flex:0 0 120px;overflow-wrap:anywhere">{picture}<small>{html.escape(name)}</small></div>'
             f'<div style="flex:1;min-width:0;overflow-wrap:anywhere">{text}</div></div>')
 
 # %% ../nbs/11e_apps.ipynb #11e0000c
@@ -279,7 +280,7 @@ The service answers `POST /predict` with an image as the body, and has a page fo
 measured when the classifier was made stands in [bundle/README.md](bundle/README.md).
 
     docker build -t classifier .
-    docker run --read-only -p 7860:7860 classifier
+    docker run --read-only --tmpfs /tmp -p 7860:7860 classifier
 
 To a Hugging Face Space:
 

@@ -651,7 +651,7 @@ def space_command(args: argparse.Namespace) -> int:
     else:
         print_table([[name, f'{size:,}'] for name, size in sizes.items()], ['file', 'bytes'], str(folder))
         print(f'Next:   docker build -t classifier {shlex.quote(str(folder))}')
-        print('        docker run --read-only -p 7860:7860 classifier')
+        print('        docker run --read-only --tmpfs /tmp -p 7860:7860 classifier')
     return 0
 
 

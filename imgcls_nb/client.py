@@ -15,10 +15,11 @@ import json
 import random
 import socket
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import httpx
@@ -81,7 +82,8 @@ class Client:
         timeout: float = 30,  # seconds for one answer in all, waiting and further tries included
     ):
         self.url, self.timeout = _address(url), timeout
-        self._http = httpx.Client(headers=_headers(key))
+        direct = {f'all://{host}': None for host in ('127.0.0.1', 'localhost', '[::1]')}
+        self._http = httpx.Client(headers=_headers(key), mounts=direct)
 
     def __repr__(self) -> str: return f'Client({self.url!r})'
     def __enter__(self) -> 'Client': return self
@@ -220,19 +222,19 @@ def stream(
     workers: int = 4,  # requests at once
 ) -> Iterator[Prediction | InputError]:  # in the order of the images
     "An answer for each image, or the error in its place, as they come."
-    def ask(source):
-        try: return self(source, top, limits)
-        except InputError as error: return error
-    with ThreadPoolExecutor(workers, 'ask') as pool:
-        waiting = deque()
-        try:
-            for source in sources:
-                waiting.append(pool.submit(ask, source))
-                while waiting and (len(waiting) >= 2 * workers or waiting[0].done()):
-                    yield waiting.popleft().result()
-            while waiting: yield waiting.popleft().result()
-        finally:  # the reader may have had enough
-            for request in waiting: request.cancel()
+    if workers < 1: raise InputError(f'At least one request at once, not {workers}.')
+    waiting, free = deque(), threading.Semaphore(workers)
+    def ask(source, future):
+        try: future.set_result(self(source, top, limits))
+        except InputError as error: future.set_result(error)
+        except BaseException as error: future.set_exception(error)
+        finally: free.release()
+    for source in sources:
+        while waiting and (len(waiting) >= 2 * workers or waiting[0].done()): yield waiting.popleft().result()
+        free.acquire()
+        waiting.append(Future())
+        threading.Thread(target=ask, args=(source, waiting[-1]), daemon=True).start()
+    while waiting: yield waiting.popleft().result()
 
 # %% ../nbs/11d_client.ipynb #11d00028
 @patch

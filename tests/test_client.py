@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -161,6 +162,7 @@ def test_many_keep_their_order_and_one_error_loses_nothing(real):
     with pytest.raises(ImageError, match='not an image'): client.predict(images)
     with pytest.raises(InputError, match='raise or return'): client.predict(images, errors='ignore')
     assert client.predict([]) == []
+    with pytest.raises(InputError, match='At least one'): client.predict(images, workers=0)
 
 
 def test_what_is_served(real):
@@ -327,6 +329,21 @@ def test_a_reason_cannot_play_tricks_with_the_terminal(service):
     assert str(error.value).isprintable() and len(str(error.value)) < 700
 
 
+@pytest.mark.parametrize('variable', ['HTTP_PROXY', 'http_proxy', 'ALL_PROXY'])
+def test_a_proxy_is_not_asked_about_this_machine(service, monkeypatch, variable):
+    monkeypatch.setenv(variable, 'http://127.0.0.1:9')
+    other = service(good())
+    with Client(other.url) as client: assert client(b'x').label == '7'
+    with Client(other.url.replace('127.0.0.1', 'localhost')) as client: assert client(b'x').label == '7'
+
+
+def test_a_proxy_is_used_for_other_machines(service, monkeypatch):
+    proxy = service(good())
+    monkeypatch.setenv('HTTP_PROXY', proxy.url)
+    with Client('http://far.example:8000') as client: assert client(b'x').label == '7'
+    assert proxy.asked[0]['headers']['host'] == 'far.example:8000'
+
+
 # The key
 
 def test_the_key_is_sent_and_never_shown(service, capfd, caplog):
@@ -491,6 +508,18 @@ def test_the_command_takes_its_key_from_the_environment_alone(service, folder):
 def test_a_service_that_is_away_ends_the_command_at_once(folder):
     result = predict('--url', 'http://127.0.0.1:9', *[folder/'图 0.png'] * 50)
     assert_sentence(result, 'http://127.0.0.1:9', 'cannot be reached')
+
+
+def test_an_interrupt_does_not_wait_for_a_silent_service(folder):
+    with socket.create_server(('127.0.0.1', 0)) as listening:
+        process = subprocess.Popen([IMGCLS, 'predict', '--url', address(listening), *[str(folder/'图 0.png')] * 20], stderr=subprocess.PIPE, text=True)
+        held = [listening.accept() for _ in range(4)]
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        assert 'imgcls: interrupted.' in process.communicate(timeout=20)[1] and process.returncode == 130
+        assert time.monotonic() - begin < 5
+        for connection, _ in held: connection.close()
 
 
 def test_a_runtime_cannot_be_chosen_from_afar(service, folder):

@@ -33,6 +33,8 @@ from imgcls_nb.workers import WorkerPool
 from imgcls_nb.page import page_policy
 from imgcls_nb.serve import ServiceOptions, create_app
 from imgcls_nb.server import serve
+from imgcls_nb.client import *
+from imgcls_nb.apps import *
 from imgcls_nb.edge import *
 from imgcls_nb.scale import *
 from imgcls_nb.diagnose import *

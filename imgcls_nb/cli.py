@@ -7,12 +7,13 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
            'data_command', 'models_command', 'compare_command', 'export_command', 'predict_command', 'serve_command',
-           'edge_command', 'doctor_command', 'compress_command', 'make_parser', 'main']
+           'space_command', 'edge_command', 'doctor_command', 'compress_command', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shlex
@@ -560,30 +561,55 @@ def _image_paths(names: list[str]) -> Iterator[str]:
                 yield from (os.path.join(folder, file) for file in sorted(files) if not file.startswith('.'))
         else: yield name
 
+# %% ../nbs/21_cli.ipynb #c11d0001
+def _open_predictor(args: argparse.Namespace):
+    "What answers: a bundle, or a service at an address. Then the first name is an image, too."
+    if not args.url:
+        from imgcls_nb.bundle import load_bundle
+        return contextlib.nullcontext(load_bundle(args.bundle).predictor(args.runtime))
+    if args.runtime: raise InputError('A service has chosen its runtime: leave --runtime out.')
+    from imgcls_nb.client import Client
+    args.images = [args.bundle, *(args.images or [])]
+    return Client(args.url, os.environ.get('IMGCLS_API_KEY') or None)
+
+
+def _answers(predictor, args: argparse.Namespace) -> Iterator[tuple[str, object]]:
+    "Each path with its answer, or with the error of that one image."
+    def ask(path):
+        try: return predictor(path, top=args.top)
+        except InputError as error: return error
+    paths, sent = itertools.tee(_image_paths(args.images))
+    if not args.url: return zip(paths, map(ask, sent))
+    return zip(paths, predictor.stream(sent, args.top))
+
 # %% ../nbs/21_cli.ipynb #db793dd9
 def predict_command(args: argparse.Namespace) -> int:
     "`imgcls predict BUNDLE IMAGES…`: a label for each image, as a table or as JSON lines."
     if args.out or args.engine: return _predict_batch(args)
-    from imgcls_nb.bundle import load_bundle
-    predictor = load_bundle(args.bundle).predictor(args.runtime)
+    from imgcls_nb.image import ImageError
     rows, failed, count = [], 0, 0
-    for path in _image_paths(args.images):
-        count += 1
-        try: prediction = predictor(path, top=args.top)
-        except InputError as error:
-            failed += 1
-            if args.json: _print_line(dict(image=path, error=str(error)))
-            print(f'imgcls: {path} {error}', file=sys.stderr)
-            continue
-        if args.json: _print_line(dict(image=path, **prediction.as_dict()))
-        else: rows.append([path, prediction.text, f'{prediction.probability:.1%}',
-                           ', '.join(f'{label} {p:.1%}' for label, p in prediction.top[1:]),
-                           prediction.reason or ''])
-        if args.sort_into:
-            _copy_by_class(Path(path), Path(args.sort_into)/_folder_for(prediction, predictor.classes))
+    with _open_predictor(args) as predictor:
+        for path, answer in _answers(predictor, args):
+            count += 1
+            if isinstance(answer, InputError):
+                if args.url and not isinstance(answer, ImageError): raise answer  # no image will fare better
+                failed += 1
+                if args.json: _print_line(dict(image=path, error=str(answer)))
+                print(f'imgcls: {path} {answer}', file=sys.stderr)
+                continue
+            if args.json: _print_line(dict(image=path, **answer.as_dict()))
+            else: rows.append(_row(path, answer))
+            if args.sort_into:
+                _copy_by_class(Path(path), Path(args.sort_into)/_folder_for(answer, predictor.classes))
     if count == 0: raise InputError(f'No images in {", ".join(args.images)}.')
     if rows: print_table(rows, ['image', 'label', 'probability', 'next', 'why not sure'])
     return 1 if failed else 0
+
+
+def _row(path: str, answer) -> list[str]:
+    "One image's line in the table."
+    return [path, answer.text, f'{answer.probability:.1%}',
+            ', '.join(f'{label} {p:.1%}' for label, p in answer.top[1:]), answer.reason or '']
 
 
 def _print_line(value: dict) -> None:
@@ -632,6 +658,32 @@ def serve_command(args: argparse.Namespace) -> int:
                              limits=limits, keys=keys, origins=tuple(args.cors))
     serve(args.bundle, args.host, args.port, options, args.watch, args.quiet)
     return 0
+
+# %% ../nbs/21_cli.ipynb #c11e0002
+def space_command(args: argparse.Namespace) -> int:
+    "`imgcls space BUNDLE FOLDER`: a folder for a Hugging Face Space or any container host."
+    screen = Screen(quiet=args.json)
+    from imgcls_nb.apps import space
+    with screen.bar('write and try'): folder = space(args.bundle, args.target)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size
+             for path in sorted(folder.rglob('*')) if path.is_file()}
+    needs = (folder/'requirements.txt').read_text(encoding='utf-8').splitlines()
+    if args.json: print(json.dumps(dict(folder=str(folder), requirements=needs, bytes=sizes)))
+    else:
+        print_table([[name, f'{size:,}'] for name, size in sizes.items()], ['file', 'bytes'], str(folder))
+        print(f'Next:   docker build -t classifier {shlex.quote(str(folder))}')
+        print('        docker run --read-only --tmpfs /tmp -p 7860:7860 classifier')
+    return 0
+
+
+def _add_space(commands) -> None:
+    "Options of `imgcls space`."
+    p = commands.add_parser('space', help='a folder for a Hugging Face Space or any container host',
+                            formatter_class=_Format, epilog='example:\n  imgcls space runs/digits/bundle my_space')
+    p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
+    p.add_argument('target', metavar='folder', help='where to write; must not exist')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
+    p.set_defaults(command=space_command)
 
 # %% ../nbs/21_cli.ipynb #ed6e0102
 def edge_command(args: argparse.Namespace) -> int:
@@ -904,13 +956,28 @@ def _add_compress(commands) -> None:
     p.set_defaults(command=compress_command)
 
 # %% ../nbs/21_cli.ipynb #5c3493d7
+class _Address(argparse.Action):
+    "With an address there is no bundle: what would be its name is an image, and may be the only one."
+    def __init__(self, *args, images: argparse.Action, **options):
+        super().__init__(*args, **options)
+        self.images = images
+
+    def __call__(self, parser, namespace, value, option=None):
+        setattr(namespace, self.dest, value)
+        self.images.required = False
+
+
 def _add_predict(commands) -> None:
     "Options of `imgcls predict`."
     p = commands.add_parser('predict', help='labels for images', formatter_class=_Format,
                             epilog='examples:\n  imgcls predict runs/digits/bundle new.png\n'
-                                   '  find . -name "*.jpg" | imgcls predict BUNDLE - --json')
-    p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
-    p.add_argument('images', nargs='+', help='files, folders, or - to read paths from standard input')
+                                   '  find . -name "*.jpg" | imgcls predict BUNDLE - --json\n'
+                                   '  imgcls predict --url http://127.0.0.1:8000 new.png')
+    p.add_argument('bundle', help='a bundle, such as runs/digits/bundle; none with --url')
+    images = p.add_argument('images', nargs='+', help='files, folders, or - to read paths from standard input')
+    p.add_argument('--url', action=_Address, images=images,
+                   help='ask the service at this address instead of a bundle; if it wants a key, set '
+                        'IMGCLS_API_KEY in the environment')
     p.add_argument('--top', type=_positive, default=3, help='how many classes to name')
     p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
     p.add_argument('--sort-into', metavar='FOLDER',
@@ -967,7 +1034,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
     for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_export, _add_compress,
-                _add_predict, _add_serve, _add_edge):
+                _add_predict, _add_serve, _add_edge, _add_space):
         add(commands)
     return parser
 

@@ -55,8 +55,8 @@ def _verdict(answer: Prediction) -> str:
 def _bars(answer: Prediction) -> str:
     "One bar for each of the best classes, pale if the answer is not sure."
     faded = '' if answer.sure else ';opacity:.45'
-    rows = [f'<div style="display:flex;justify-content:space-between;gap:1em"><span>{html.escape(label)}</span>'
-            f'<span>{probability:.1%}</span></div><div style="background:rgba(128,128,128,.25);height:8px;'
+    rows = ['<div style="display:flex;justify-content:space-between;gap:1em">'
+            f'<span>{html.escape(label)}</span><span>{probability:.1%}</span></div><div style="background:rgba(128,128,128,.25);height:8px;'
             f'border-radius:4px"><div style="background:#0072B2;height:8px;border-radius:4px;min-width:2px;'
             f'width:{100 * probability:.1f}%"></div></div>' for label, probability in answer.top]
     return f'<div style="margin-top:.4em{faded}">{"".join(rows)}</div>'
@@ -66,7 +66,8 @@ def _card(name: str, picture: str, text: str) -> str:
     "A picture with its name on the left, words on the right."
     return ('<div style="display:flex;gap:1em;align-items:center;max-width:34em;padding:.8em;margin:.5em 0;'
             'border:1px solid rgba(128,128,128,.5);border-radius:8px;line-height:1.4">'
-            f'<div style="flex:0 0 120px;overflow-wrap:anywhere">{picture}<small>{html.escape(name)}</small></div>'
+            '<div style="flex:0 0 120px;overflow-wrap:anywhere">'
+            f'{picture}<small>{html.escape(name)}</small></div>'
             f'<div style="flex:1;min-width:0;overflow-wrap:anywhere">{text}</div></div>')
 
 # %% ../nbs/11e_apps.ipynb #11e0000c
@@ -134,7 +135,8 @@ import builtins, importlib, os, sys
 import_, import_module = builtins.__import__, importlib.import_module
 
 def note(*words):
-    with open(os.environ['IMGCLS_IMPORTS'], 'a', encoding='utf-8') as file: file.write(' '.join(words) + '\\n')
+    with open(os.environ['IMGCLS_IMPORTS'], 'a', encoding='utf-8') as file:
+        file.write(' '.join(words) + '\\n')
 
 def noted(name, globals=None, locals=None, fromlist=(), level=0):
     caller = (globals or {}).get('__name__', '')
@@ -190,7 +192,8 @@ def _try_service(folder: Path, bundle: Bundle, notes: Path | None = None) -> Non
     p = bundle.preprocessing
     command = [sys.executable, 'app.py', '--host', '127.0.0.1', '--port', str(port)]
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        process = subprocess.Popen(command, cwd=folder, env=env, stdin=subprocess.DEVNULL,
+                                   stdout=said, stderr=said)
         try: _ask_service(process, f'http://127.0.0.1:{port}', Image.new(p.mode, (p.width, p.height)), said)
         finally:
             process.terminate()
@@ -307,7 +310,8 @@ def _copy_package(target: Path) -> None:
     try: files = metadata.files('imgcls_nb') or []
     except metadata.PackageNotFoundError: files = []
     licence = next((file for file in files if file.name == 'LICENSE'), None)
-    if licence is not None and Path(licence.locate()).is_file(): shutil.copyfile(licence.locate(), target/'LICENSE')
+    if licence is not None and Path(licence.locate()).is_file():
+        shutil.copyfile(licence.locate(), target/'LICENSE')
 
 
 def _what_it_needs(folder: Path, bundle: Bundle) -> tuple[set[str], set[str]]:
@@ -317,7 +321,7 @@ def _what_it_needs(folder: Path, bundle: Bundle) -> tuple[set[str], set[str]]:
         write_text(notes.parent/'sitecustomize.py', _PENCIL)
         _try_service(folder, bundle, notes)
         words = [line.split() for line in notes.read_text(encoding='utf-8').splitlines()]
-    return ({name for kind, name in words if kind == 'module'}, {name for kind, name in words if kind == 'needs'})
+    return tuple({name for kind, name in words if kind == wanted} for wanted in ('module', 'needs'))
 
 # %% ../nbs/11e_apps.ipynb #11e00023
 def _check_space(bundle: Bundle, folder: Path) -> None:
@@ -326,8 +330,8 @@ def _check_space(bundle: Bundle, folder: Path) -> None:
         raise InputError(f'{folder} is there already: name a folder that is not.')
     runtime = preferred_runtime(bundle.record)
     if bundle.record.runtimes[runtime].engine in ('cuda', 'tensorrt'):
-        raise InputError(f'{bundle.folder} is answered by {runtime}, which takes a GPU and its own system in the '
-                         'container: choose another one with `prefer`.')
+        raise InputError(f'{bundle.folder} is answered by {runtime}, which takes a GPU and its own system in '
+                         'the container: choose another one with `prefer`.')
 
 
 def space(

@@ -679,7 +679,8 @@ def space_command(args: argparse.Namespace) -> int:
 def _add_space(commands) -> None:
     "Options of `imgcls space`."
     p = commands.add_parser('space', help='a folder for a Hugging Face Space or any container host',
-                            formatter_class=_Format, epilog='example:\n  imgcls space runs/digits/bundle my_space')
+                            formatter_class=_Format,
+                            epilog='example:\n  imgcls space runs/digits/bundle my_space')
     p.add_argument('bundle', help='a bundle, such as runs/digits/bundle')
     p.add_argument('target', metavar='folder', help='where to write; must not exist')
     p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
@@ -974,7 +975,7 @@ def _add_predict(commands) -> None:
                                    '  find . -name "*.jpg" | imgcls predict BUNDLE - --json\n'
                                    '  imgcls predict --url http://127.0.0.1:8000 new.png')
     p.add_argument('bundle', help='a bundle, such as runs/digits/bundle; none with --url')
-    images = p.add_argument('images', nargs='+', help='files, folders, or - to read paths from standard input')
+    images = p.add_argument('images', nargs='+', help='files, folders, or - to read paths from stdin')
     p.add_argument('--url', action=_Address, images=images,
                    help='ask the service at this address instead of a bundle; if it wants a key, set '
                         'IMGCLS_API_KEY in the environment')

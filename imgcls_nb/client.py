@@ -59,7 +59,7 @@ def _address(text: str) -> str:
     "An address without its last stroke; raises `InputError` for what is none."
     try: url = httpx.URL(text.strip())
     except httpx.InvalidURL: url = httpx.URL('')
-    if url.userinfo: raise InputError('Leave name and password out of the address; a key is given apart from it.')
+    if url.userinfo: raise InputError('Leave name and password out of the address; a key is given apart.')
     place = url.host and '%' not in url.host and (url.port or 80) < 2**16
     if url.scheme in ('http', 'https') and place and not url.query: return str(url).rstrip('/')
     raise InputError(f'{text[:200]!r} is not an address such as http://127.0.0.1:8000.')
@@ -137,7 +137,8 @@ def _pause(tries: int, asked: float = 0) -> float:
 
 def _hopeless(error: BaseException | None) -> bool:
     "Whether the next try must fail in the same way."
-    if isinstance(error, (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError)): return True
+    hopeless = httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError
+    if isinstance(error, hopeless): return True
     if isinstance(error, ssl.SSLCertVerificationError): return True
     if isinstance(error, socket.gaierror): return error.errno != socket.EAI_AGAIN
     return error is not None and _hopeless(error.__cause__)

@@ -23,12 +23,15 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+import httptools  # noqa: F401  uvicorn's reader of HTTP is made of it
 import uvicorn
 from fastcore.basics import patch
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .run import InputError
 from .serve import ServiceOptions, create_app
+
+with contextlib.suppress(ImportError): import uvloop  # noqa: F401  the faster event loop, where there is one
 
 # %% ../nbs/11c_server.ipynb #5e1c0002
 MAX_CONNECTIONS = 900  # at a time; many systems allow a process 1,024 open files

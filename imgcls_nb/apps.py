@@ -56,7 +56,8 @@ def _bars(answer: Prediction) -> str:
     "One bar for each of the best classes, pale if the answer is not sure."
     faded = '' if answer.sure else ';opacity:.45'
     rows = ['<div style="display:flex;justify-content:space-between;gap:1em">'
-            f'<span>{html.escape(label)}</span><span>{probability:.1%}</span></div><div style="background:rgba(128,128,128,.25);height:8px;'
+            f'<span>{html.escape(label)}</span><span>{probability:.1%}</span></div>'
+            '<div style="background:rgba(128,128,128,.25);height:8px;'
             f'border-radius:4px"><div style="background:#0072B2;height:8px;border-radius:4px;min-width:2px;'
             f'width:{100 * probability:.1f}%"></div></div>' for label, probability in answer.top]
     return f'<div style="margin-top:.4em{faded}">{"".join(rows)}</div>'

@@ -257,6 +257,7 @@ async def _start_worker(options: dict, seconds: float) -> tuple[_Worker, dict]:
 # %% ../nbs/11a_workers.ipynb #11a00009
 _MESSAGE_BYTES = 16_000_000  # a batch ends when it has this much
 _BATCH_SECONDS = 0.02  # of work in a batch: in more, what a call costs no longer counts, but memory does
+_LITTLE_SECONDS = 0.005  # of work for which no other worker is woken
 _AHEAD = 2  # batches that a worker may have: one in work, one on the way
 _log = logging.getLogger('imgcls_nb.service')
 
@@ -338,20 +339,29 @@ def expected_wait(self: WorkerPool) -> float:
 
 # %% ../nbs/11a_workers.ipynb #11a0000b
 @patch
+def _next_worker(self: WorkerPool, now: float) -> _Worker | None:
+    "Who gets the next batch: whoever is done in a moment, otherwise whoever has the least; None if all are full."
+    able = [each for each in self._ready if not each.ended]
+    soon = [each for each in able if each.batches and each.load * self.seconds_per_image < _LITTLE_SECONDS
+            and now - each.since < 2 * _LITTLE_SECONDS]
+    worker = min(soon or able, key=lambda each: len(each.batches), default=None)
+    return worker if worker and len(worker.batches) < _AHEAD else None
+
+
+@patch
 def _dispatch(self: WorkerPool) -> None:
-    "Give what waits to whoever has the least to do."
-    while self._waiting and self._ready:
-        worker = min(self._ready, key=lambda each: (each.ended, len(each.batches)))
-        if worker.ended or len(worker.batches) >= _AHEAD: return
-        now = asyncio.get_running_loop().time()
+    "Give out what waits."
+    now = asyncio.get_running_loop().time()
+    while self._waiting and (worker := self._next_worker(now)):
         if batch := self._take(worker, now): worker.send(batch, now)
 
-
+# %% ../nbs/11a_workers.ipynb #11a0003b
 @patch
 def _take(self: WorkerPool, worker: _Worker, now: float) -> list[_Job]:
     "The next batch: a fair share of what waits, not too large; who has waited too long is sent away."
     useful = max(1, int(_BATCH_SECONDS / max(self.seconds_per_image, 1e-6)))
-    fair = min(self.batch, useful, math.ceil(len(self._waiting) / len(self._ready)))
+    shares = 1 if len(self._waiting) * self.seconds_per_image < _LITTLE_SECONDS else len(self._ready)
+    fair = min(self.batch, useful, math.ceil(len(self._waiting) / shares))
     latest = self.latency - (worker.load + fair) * self.seconds_per_image
     batch, size = [], 0
     while self._waiting and len(batch) < fair and size < _MESSAGE_BYTES:
@@ -472,6 +482,7 @@ async def _watch(self: WorkerPool) -> None:
         while self._waiting and loop.time() - self._waiting[0].arrived > self._longest(self._waiting[0]):
             job = self._waiting.popleft()
             if not job.answer.done(): job.answer.set_exception(Busy(self.latency))
+        self._dispatch()  # who was to be done in a moment may have been stopped
 
 
 @patch

@@ -74,7 +74,7 @@ class Classifier(litserve.LitAPI):
 BATCH = int(os.environ.get("BATCH", 1))
 if __name__ == "__main__":
     api = Classifier(max_batch_size=BATCH, batch_timeout=0.002 if BATCH > 1 else 0.0)
-    litserve.LitServer(api, accelerator="cpu", workers_per_device=2).run(
+    litserve.LitServer(api, accelerator="cpu", workers_per_device=int(os.environ["WORKERS"])).run(
         port=int(os.environ["PORT"]), generate_client_file=False, log_level="warning", access_log=False)
 '''
 BENTOML = COMMON + '''
@@ -107,7 +107,7 @@ class Side:
     def __init__(self, name, command, folder, environment, field=None, ready='/health'):
         self.name, self.field, self.port, self.ready = name, field, free_port(), ready
         self.command = [each.format(port=self.port) for each in command]
-        self.log = open(Path(folder)/f'{name.replace(" ", "_")}.log', 'wb')
+        self.log = open(Path(folder)/f'{name}.log', 'wb')
         self.environment = {**os.environ, **environment, 'PORT': str(self.port), 'BENTOML_DO_NOT_TRACK': 'true'}
         self.folder = folder
 
@@ -249,8 +249,8 @@ def sides(bundle, folder, threads):
     for name, code in (('plain', PLAIN), ('lit', LITSERVE), ('bento', BENTOML)): (Path(folder)/f'{name}.py').write_text(code)
     yield our_side(bundle, folder)
     yield Side('plain FastAPI', [sys.executable, 'plain.py'], folder, environment)
-    for name, batch in (('LitServe', '1'), ('LitServe batch 8', '8')):
-        yield Side(name, [sys.executable, 'lit.py'], folder, environment | dict(BATCH=batch))
+    for name, workers, batch in (('LitServe', '1', '1'), ('LitServe, 2 workers', '2', '1'), ('LitServe, batches of 8', '2', '8')):
+        yield Side(name, [sys.executable, 'lit.py'], folder, environment | dict(WORKERS=workers, BATCH=batch))
     yield Side('BentoML', [sys.executable, '-m', 'bentoml', 'serve', 'bento:Classifier', '--port', '{port}'], folder,
                environment, field='image', ready='/readyz')
 

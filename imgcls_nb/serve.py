@@ -358,8 +358,8 @@ async def predict(
     "The answer to `POST /predict`, or a `Refusal`."
     await self.pool.start()
     top = _asked_top(request.scope['query_string'])
-    expected = self.pool.expected_wait()
-    if expected > self.options.latency: raise _busy(expected, unread=True)
+    try: self.pool.check_room()
+    except Busy as busy: raise _busy(busy.retry_after, unread=True) from None
     with self.memory.account() as take:
         images = await read_images_of(request, self.options, take)
         try:

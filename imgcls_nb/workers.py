@@ -257,6 +257,7 @@ async def _start_worker(options: dict, seconds: float) -> tuple[_Worker, dict]:
 # %% ../nbs/11a_workers.ipynb #11a00009
 _MESSAGE_BYTES = 16_000_000  # a batch ends when it has this much
 _BATCH_SECONDS = 0.02  # of work in a batch: in more, what a call costs no longer counts, but memory does
+_SHARE = 0.9  # of the promised time that may be planned with
 _LITTLE_SECONDS = 0.005  # of work for which no other worker is woken
 _AHEAD = 2  # batches that a worker may have: one in work, one on the way
 _log = logging.getLogger('imgcls_nb.service')
@@ -315,16 +316,14 @@ def _run(self: WorkerPool, work) -> asyncio.Task:
 # %% ../nbs/11a_workers.ipynb #11a0000a
 @patch
 def submit(
-    self: WorkerPool,  # started, or it starts now
+    self: WorkerPool,  # started
     image: bytes,  # a file's content
     top: int = 3,  # classes to name
 ) -> asyncio.Future:  # of an `Answer`
     "Put an image into the queue; raises `Busy` if it would have to wait too long."
-    expected = self.expected_wait()
-    if self._closing or expected > self.latency: raise Busy(expected)
+    idle = self.check_room() == 0
     loop = asyncio.get_running_loop()
-    job = _Job(image, top, loop.time(), loop.create_future(),
-               excused=expected == 0 or not self._ready)
+    job = _Job(image, top, loop.time(), loop.create_future(), excused=idle or not self._ready)
     self._waiting.append(job)
     self._dispatch()
     return job.answer
@@ -336,6 +335,16 @@ def expected_wait(self: WorkerPool) -> float:
     if not self._waiting and not all(worker.batches for worker in self._ready): return 0.0
     images = len(self._waiting) + sum(worker.load for worker in self._ready) + 1
     return images * self.seconds_per_image / max(1, len(self._ready))
+
+
+@patch
+def check_room(
+    self: WorkerPool,  # started
+) -> float:  # seconds until an image that came now would be answered
+    "Raise `Busy` where that is more than nine tenths of what was promised; the rest is for what comes around it."
+    expected = self.expected_wait()
+    if self._closing or expected > _SHARE * self.latency: raise Busy(expected)
+    return expected
 
 # %% ../nbs/11a_workers.ipynb #11a0000b
 @patch
@@ -362,7 +371,7 @@ def _take(self: WorkerPool, worker: _Worker, now: float) -> list[_Job]:
     useful = max(1, int(_BATCH_SECONDS / max(self.seconds_per_image, 1e-6)))
     shares = 1 if len(self._waiting) * self.seconds_per_image < _LITTLE_SECONDS else len(self._ready)
     fair = min(self.batch, useful, math.ceil(len(self._waiting) / shares))
-    latest = self.latency - (worker.load + fair) * self.seconds_per_image
+    latest = _SHARE * self.latency - (worker.load + fair) * self.seconds_per_image
     batch, size = [], 0
     while self._waiting and len(batch) < fair and size < _MESSAGE_BYTES:
         job = self._waiting[0]

@@ -190,13 +190,14 @@ async def open_loop(port, requests, rate, seconds):
 
     async def ask(place, due):
         try:
-            reader, writer = free.pop() if free else await asyncio.open_connection('127.0.0.1', port)
+            while free and time.perf_counter() - free[-1][2] > 20: free.pop()[1].close()  # the service closes what is idle
+            reader, writer, _ = free.pop() if free else (*await asyncio.open_connection('127.0.0.1', port), 0)
             writer.write(requests[place % len(requests)])
             head = (await asyncio.wait_for(reader.readuntil(b'\r\n\r\n'), 30)).lower()
             await reader.readexactly(int(head.split(b'content-length:')[1].split(b'\r\n')[0]))
             found.append((int(head[9:12]), time.perf_counter() - due, due - start))
             if b'connection: close' in head: writer.close()
-            else: free.append((reader, writer))
+            else: free.append((reader, writer, time.perf_counter()))
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError): found.append((0, 0.0, due - start))
 
     for place in range(int(rate * seconds)):

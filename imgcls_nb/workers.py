@@ -341,7 +341,7 @@ def expected_wait(self: WorkerPool) -> float:
 def check_room(
     self: WorkerPool,  # started
 ) -> float:  # seconds until an image that came now would be answered
-    "Raise `Busy` where that is more than nine tenths of what was promised; the rest is for what comes around it."
+    "Raise `Busy` where that is more than nine tenths of the promise; the rest is for HTTP."
     expected = self.expected_wait()
     if self._closing or expected > _SHARE * self.latency: raise Busy(expected)
     return expected

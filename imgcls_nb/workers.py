@@ -349,7 +349,7 @@ def check_room(
 # %% ../nbs/11a_workers.ipynb #11a0000b
 @patch
 def _next_worker(self: WorkerPool, now: float) -> _Worker | None:
-    "Who gets the next batch: whoever is done in a moment, otherwise whoever has the least; None if all are full."
+    "Who gets the next batch: whoever is done in a moment, else whoever has the least; None if all are full."
     able = [each for each in self._ready if not each.ended]
     soon = [each for each in able if each.batches and each.load * self.seconds_per_image < _LITTLE_SECONDS
             and now - each.since < 2 * _LITTLE_SECONDS]

@@ -986,7 +986,8 @@ def _add_predict(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
     p.add_argument('--out', metavar='FOLDER', help='for very many images: Parquet files of answers; the same '
                                                    'command goes on after a kill')
-    p.add_argument('--engine', choices=['local', 'ray'], help='with --out (default: ray if it is installed)')
+    p.add_argument('--engine', choices=['local', 'ray'],
+                   help='with --out (default: ray where RAY_ADDRESS names a cluster)')
     p.set_defaults(command=predict_command)
 
 # %% ../nbs/21_cli.ipynb #5c3493e7

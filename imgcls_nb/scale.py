@@ -12,8 +12,11 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import multiprocessing
 import os
+import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .bundle import Predictor, load_bundle, preferred_runtime
+from .bundle import Bundle, Predictor, load_bundle, preferred_runtime
 from .run import ImgclsError, InputError, whole_or_absent, write_json
 
 # %% ../nbs/11g_scale.ipynb #5ca1e013
@@ -217,12 +220,18 @@ class _Worker:
         return shard['rows']
 
 # %% ../nbs/11g_scale.ipynb #5ca1e028
+def _opened(bundle: str | Path, runtime: str | None) -> tuple[Bundle, str]:
+    "The bundle, and the runtime that answers: the one asked for, or the preferred one."
+    opened = load_bundle(bundle)
+    runtime = runtime or preferred_runtime(opened.record)
+    if runtime in opened.record.runtimes: return opened, runtime
+    raise InputError(f'{bundle} has no runtime {runtime!r}: it has {", ".join(opened.record.runtimes)}.')
+
+
 def _job(bundle, source, out, runtime, top, shard_rows, image, key) -> dict:
     "Everything that the rows depend on."
-    opened, source = load_bundle(bundle), Path(os.path.abspath(source))
-    runtime, kind = runtime or preferred_runtime(opened.record), _kind(source)
-    if runtime not in opened.record.runtimes:
-        raise InputError(f'{bundle} has no runtime {runtime!r}: it has {", ".join(opened.record.runtimes)}.')
+    (opened, runtime), source = _opened(bundle, runtime), Path(os.path.abspath(source))
+    kind = _kind(source)
     root = source if source.is_dir() else Path.cwd() if kind == 'paths' else source.parent
     checksum = hashlib.sha256((opened.folder/'bundle.json').read_bytes()).hexdigest()
     job = dict(bundle=checksum, runtime=runtime, source=str(source), root=str(root), kind=kind, top=top,
@@ -390,7 +399,7 @@ def predict_many(
     bundle: str | Path,  # a bundle's folder
     source: str | Path,  # a folder of images, a .parquet file or a folder of them, or a .txt file of paths
     out: str | Path,  # a folder for the result, new or of the same job
-    engine: str = 'auto',  # local, ray, or auto: ray where it is installed
+    engine: str = 'auto',  # local, ray, or auto: ray where a cluster is named or already runs
     processes: int | None = None,  # one a processor by default
     runtime: str | None = None,  # one of the bundle's runtimes; its preferred one by default
     top: int = 3,  # how many classes to name
@@ -419,10 +428,11 @@ def predict_many(
 
 # %% ../nbs/11g_scale.ipynb #5ca1e039
 def _engine(engine: str) -> str:
-    "The engine's name; `auto` is ray where it is installed."
+    "The engine's name; `auto` is ray where `RAY_ADDRESS` names a cluster or Ray already runs here."
     if engine == 'ray': _need_ray()
     if engine != 'auto': return engine
-    return 'ray' if importlib.util.find_spec('ray') else 'local'
+    running = 'ray' in sys.modules and sys.modules['ray'].is_initialized()
+    return 'ray' if os.environ.get('RAY_ADDRESS') or running else 'local'
 
 
 def _check_batch(engine: str, processes: int | None, top: int, shard_rows: int) -> None:
@@ -438,13 +448,13 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/11g_scale.ipynb #5ca1e056
-def _deployment(bundle: str, runtime: str | None, options: dict):
+def _deployment(bundle: str, service: dict, options: dict):
     "The app of chapter 11 as a class of which Ray makes replicas."
     from ray import serve
 
     def build():  # in the replica, where the bundle is opened
-        from imgcls_nb.serve import create_app
-        return create_app(bundle, runtime)
+        from imgcls_nb.serve import ServiceOptions, create_app
+        return create_app(bundle, ServiceOptions(**service))
 
     @serve.deployment(**options)
     @serve.ingress(build)
@@ -477,14 +487,17 @@ def serve_app(
     "Several copies of the service behind one address; stop them with `stop_serving`."
     _need_ray()
     _check_serving(replicas, ongoing, queued)
-    load_bundle(bundle)  # a bad bundle is found here, not in a replica's log
+    _opened(bundle, runtime)  # a bad bundle is found here, not in a replica's log
     start_ray(None)
     from ray import serve
     options = dict(max_ongoing_requests=ongoing, max_queued_requests=queued, health_check_period_s=2,
                    health_check_timeout_s=10, graceful_shutdown_timeout_s=20,
                    ray_actor_options=dict(num_cpus=cpus, num_gpus=gpus), **_scaling(replicas, ongoing))
     serve.start(http_options=dict(host=host, port=port))
-    serve.run(_deployment(os.path.abspath(bundle), runtime, options), name='imgcls', route_prefix='/')
+    service = dict(runtime=runtime, workers=max(1, math.ceil(cpus)))
+    try: serve.run(_deployment(os.path.abspath(bundle), service, options), name='imgcls', route_prefix='/')
+    except RuntimeError as error:
+        raise ImgclsError(f'Ray Serve could not start the replicas. {_why(serve.status())}') from error
     return f'http://{host}:{port}'
 
 
@@ -495,6 +508,14 @@ def stop_serving() -> None:
     serve.shutdown()
 
 # %% ../nbs/11g_scale.ipynb #5ca1e058
+def _why(status) -> str:
+    "The last words of the replicas that did not start."
+    said = [each.message for each in status.applications['imgcls'].deployments.values() if each.message]
+    lines = [line.strip() for line in '\n'.join(said).splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r'[\w.]*(Error|Exception)\b', line)]
+    return (errors or lines or ['It gives no reason.'])[-1]
+
+
 def _check_serving(replicas: int | tuple[int, int], ongoing: int, queued: int) -> None:
     "Refuse a number of replicas or requests that serves nobody."
     least, most = (replicas, replicas) if isinstance(replicas, int) else replicas

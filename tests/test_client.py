@@ -299,7 +299,7 @@ def test_a_service_that_is_silent_is_left_in_time():
 def test_nobody_there():
     begin = time.monotonic()
     with Client('http://127.0.0.1:9') as client, pytest.raises(InputError, match=r'^http://127.0.0.1:9 cannot be reached'): client(b'x')
-    assert time.monotonic() - begin < 10, 'it gives up long before its thirty seconds'
+    assert time.monotonic() - begin < 20, 'it gives up long before its thirty seconds'
     with Client('http://no-such-host.invalid') as client:
         begin = time.monotonic()
         with pytest.raises(ServiceError, match='cannot be reached'): client.info()

@@ -243,6 +243,14 @@ def test_a_replica_dies_and_the_service_answers(digits_run, scans, expected):
 
 @pytest.mark.ray
 @needs_ray
+def test_a_runtime_that_is_not_there_is_refused_before_ray_starts(digits_run):
+    from imgcls_nb.scale import serve_app
+    with pytest.raises(InputError, match='no runtime .tensorrt.: it has'): serve_app(digits_run['bundle'], runtime='tensorrt')
+    assert not ray.is_initialized()
+
+
+@pytest.mark.ray
+@needs_ray
 def test_too_many_requests_are_told_so(digits_run, tmp_path):
     import socket
     from concurrent.futures import ThreadPoolExecutor

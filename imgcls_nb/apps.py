@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -237,12 +238,27 @@ def _closure(names: Iterable[str]) -> set[str]:
     return found
 
 # %% ../nbs/11e_apps.ipynb #11e0001a
+def _modules_of(distribution: metadata.Distribution) -> set[str]:
+    "What can be imported from it: listed by itself, or seen among its files."
+    listed = (distribution.read_text('top_level.txt') or '').split()
+    files = [path for path in distribution.files or [] if path.suffix in ('.py', '.so', '.pyd')]
+    return set(listed) or {path.parts[0].split('.')[0] for path in files}
+
+
+def _packages() -> dict[str, list[str]]:
+    "The distributions behind each module; Python 3.10's own such list knows only some of them."
+    found = defaultdict(list)
+    for distribution in metadata.distributions():
+        for module in _modules_of(distribution): found[module].append(distribution.metadata['Name'])
+    return found
+
+
 def serving_requirements(
     modules: Iterable[str],  # names of modules that the library imports when it serves
 ) -> list[str]:  # lines for pip
     "The distributions behind these modules, with the library's own lower bounds."
     from packaging.utils import canonicalize_name
-    own, packages, direct = _requires('imgcls_nb'), metadata.packages_distributions(), set()
+    own, packages, direct = _requires('imgcls_nb'), _packages(), set()
     for module in set(modules) - set(sys.stdlib_module_names) - {'imgcls_nb'}:
         names = [canonicalize_name(name) for name in packages.get(module, [])]
         direct |= set(([name for name in names if name in own] or names)[:1])

@@ -1,4 +1,4 @@
-"""Connections without an end, signals, a goodbye, and a new model while people are asking
+"""Connections that never end, signals, a goodbye, and a new model while people are asking
 
 Docs: https://imgcls.github.io/imgcls_nb/server.html.md"""
 

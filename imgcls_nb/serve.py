@@ -1,4 +1,4 @@
-"""One folder becomes an address that programs and people can ask, and that strangers cannot bring down
+"""One folder becomes an address that programs and people can ask, and that survives what strangers send
 
 Docs: https://imgcls.github.io/imgcls_nb/serve.html.md"""
 

@@ -1,4 +1,4 @@
-"""The same predictor behind two buttons, and in a container that holds nothing else
+"""The same predictor behind a button, and in a container that holds nothing else
 
 Docs: https://imgcls.github.io/imgcls_nb/apps.html.md"""
 

@@ -1,4 +1,4 @@
-"""The same predictor behind two buttons, and in a container that holds nothing else
+"""The same predictor behind a button, and in a container that holds nothing else
 
 Docs: https://imgcls.github.io/imgcls_nb/apps.html.md"""
 
@@ -30,6 +30,7 @@ from .bundle import Bundle, Prediction, Predictor, _yaml, load_bundle, plain, pr
 from .client import Client
 from .image import Limits, open_image
 from .run import ImgclsError, InputError, whole_or_absent, write_text
+from .workers import SERVICE_LIMITS
 
 # %% ../nbs/11e_apps.ipynb #11e0000a
 def _thumbnail(image: Image.Image) -> str:
@@ -73,14 +74,11 @@ def _card(name: str, picture: str, text: str) -> str:
             f'<div style="flex:1;min-width:0;overflow-wrap:anywhere">{text}</div></div>')
 
 # %% ../nbs/11e_apps.ipynb #11e0000c
-_APP_LIMITS = Limits(max_bytes=10_000_000, max_pixels=50_000_000)
-
-
 def answer_cards(
     predictor: Predictor | Client,  # what answers
     files: Iterable[tuple[str, bytes]],  # name and content of each
     top: int = 3,  # how many classes to name, at least 1
-    limits: Limits = _APP_LIMITS,  # what to refuse
+    limits: Limits = SERVICE_LIMITS,  # what to refuse
 ) -> str:  # HTML
     "A card for each file: picture, answer and bars, or why there is no answer."
     cards = []
@@ -111,7 +109,7 @@ def _opened(source: str | Path | Bundle | Predictor | Client) -> Predictor | Cli
 def predictor_app(
     source: str | Path | Bundle | Predictor | Client,  # a bundle or its folder, or what answers already
     top: int = 3,  # how many classes to name, at least 1
-    limits: Limits = _APP_LIMITS,  # what to refuse
+    limits: Limits = SERVICE_LIMITS,  # what to refuse
 ):  # an `ipywidgets.VBox`: a button to choose files, and the cards
     "An app for the notebook: choose images, see what they are."
     import ipywidgets as widgets

@@ -44,7 +44,7 @@ def _encode(image: Image.Image) -> bytes:
 
 
 def _content(source: str | Path | bytes | Image.Image, limits: Limits) -> bytes:
-    "What to send: a file's own bytes, unread otherwise."
+    "What to send: a file's own bytes as they are, or a picture as a new file."
     return _encode(source) if isinstance(source, Image.Image) else _read(source, limits)
 
 # %% ../nbs/11d_client.ipynb #11d00011
@@ -56,7 +56,7 @@ class ServiceError(InputError):
 
 
 def _address(text: str) -> str:
-    "An address without its last stroke; raises `InputError` for what is none."
+    "An address without its last slash; raises `InputError` for what is none."
     try: url = httpx.URL(text.strip())
     except httpx.InvalidURL: url = httpx.URL('')
     if url.userinfo: raise InputError('Leave name and password out of the address; a key is given apart.')

@@ -1,4 +1,4 @@
-"""A phone, a small board, a browser: the classifier goes to where the pictures are
+"""A phone, a small board, a browser: the classifier goes where the pictures are
 
 Docs: https://imgcls.github.io/imgcls_nb/edge.html.md"""
 

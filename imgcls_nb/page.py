@@ -1,4 +1,4 @@
-"""One file without any part from elsewhere, which asks the service for you and says everything in words
+"""One file, with no part from elsewhere, that asks the service for you and says everything in words
 
 Docs: https://imgcls.github.io/imgcls_nb/page.html.md"""
 

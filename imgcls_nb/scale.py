@@ -1,4 +1,4 @@
-"""A job that can be killed at any moment and loses nothing, and a service that is several processes
+"""A job that can be killed at any moment and loses nothing, and a service that may run on several machines
 
 Docs: https://imgcls.github.io/imgcls_nb/scale.html.md"""
 
@@ -378,7 +378,7 @@ class BatchSummary:
     errors: int  # pictures that could not be used
     shards: int  # files of the result
     done_now: int  # rows of this start; the rest was there before
-    engine: str  # local or ray
+    engine: str  # 'local' or 'ray'
 
     def as_dict(self) -> dict:
         "For JSON."
@@ -399,7 +399,7 @@ def predict_many(
     bundle: str | Path,  # a bundle's folder
     source: str | Path,  # a folder of images, a .parquet file or a folder of them, or a .txt file of paths
     out: str | Path,  # a folder for the result, new or of the same job
-    engine: str = 'auto',  # local, ray, or auto: ray where a cluster is named or already runs
+    engine: str = 'auto',  # local, ray, or auto: local unless a cluster is named or Ray already runs here
     processes: int | None = None,  # one a processor by default
     runtime: str | None = None,  # one of the bundle's runtimes; its preferred one by default
     top: int = 3,  # how many classes to name

@@ -1,4 +1,4 @@
-"""One folder becomes an address that programs and people can ask, and that strangers cannot bring down
+"""One folder becomes an address that programs and people can ask, and that survives what strangers send
 
 Docs: https://imgcls.github.io/imgcls_nb/serve.html.md"""
 
@@ -303,9 +303,9 @@ class Service:
         bundle: Bundle,  # what to serve
         options: ServiceOptions = ServiceOptions(),  # how
     ):
-        o, self.options, self.closing, self.memory = options, options, False, _Memory(options.memory)
-        self.pool = WorkerPool(bundle, o.runtime, o.workers, o.threads, o.limits, o.batch, o.latency,
-                               o.patience)
+        self.options, self.closing, self.memory = options, False, _Memory(options.memory)
+        self.pool = WorkerPool(bundle, options.runtime, options.workers, options.threads, options.limits,
+                               options.batch, options.latency, options.patience)
         self.counts = Counts(self.pool)
         self._show(bundle)
 

@@ -1,4 +1,4 @@
-"""Connections without an end, signals, a goodbye, and a new model while people are asking
+"""Connections that never end, signals, a goodbye, and a new model while people are asking
 
 Docs: https://imgcls.github.io/imgcls_nb/server.html.md"""
 
@@ -156,7 +156,7 @@ class _Server(uvicorn.Server):
     "Uvicorn's server, which first tells everybody that it goes, and hangs up only then."
     def __init__(self, config: uvicorn.Config, service, bundle: Path, watch: bool):
         super().__init__(config)
-        self.service, self.bundle, self.watch, self._seen = service, bundle, watch, None
+        self.service, self.bundle, self.watch, self._files = service, bundle, watch, _files_of(bundle)
 
     async def main_loop(self) -> None:
         print(self.hello, flush=True)
@@ -175,14 +175,24 @@ class _Server(uvicorn.Server):
         except (InputError, OSError) as error: _log.error('The bundle stays as it is: %s', error)
         else: _log.info('The bundle was exchanged.')
 
-    async def _watch(self) -> None:
-        "Every second: has the folder another record?"
-        while True:
-            with contextlib.suppress(OSError):
-                status = (self.bundle/'bundle.json').stat()
-                seen, self._seen = self._seen, (status.st_mtime_ns, status.st_ino, status.st_size)
-                if seen and seen != self._seen: await self._reload()
-            await asyncio.sleep(1)
+# %% ../nbs/11c_server.ipynb #5e1c0024
+def _files_of(folder: Path) -> list[tuple[str, int, int, int]]:
+    "What tells one state of a folder from another."
+    states = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return [(name, state.st_mtime_ns, state.st_ino, state.st_size) for name, state in states]
+
+
+@patch
+async def _watch(self: _Server) -> None:
+    "Every second: is the folder another one, and has nobody written into it since the last look?"
+    seen = self._files
+    while True:
+        await asyncio.sleep(1)
+        with contextlib.suppress(OSError):
+            before, seen = seen, _files_of(self.bundle)
+            if seen == before and seen != self._files:
+                self._files = seen
+                await self._reload()
 
 # %% ../nbs/11c_server.ipynb #5e1c0014
 @patch

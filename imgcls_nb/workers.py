@@ -491,7 +491,7 @@ async def _watch(self: WorkerPool) -> None:
         while self._waiting and loop.time() - self._waiting[0].arrived > self._longest(self._waiting[0]):
             job = self._waiting.popleft()
             if not job.answer.done(): job.answer.set_exception(Busy(self.latency))
-        self._dispatch()  # who was to be done in a moment may have been stopped
+        self._dispatch()  # the worker they were kept for may hang
 
 
 @patch

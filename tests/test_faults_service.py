@@ -178,6 +178,22 @@ def test_another_bundle_under_load(start, digits_run, tmp_path, how):
         assert all({each['label'][:3] for each in body['top']} == {body['label'][:3]} for body in tally.bodies)
 
 
+def test_a_bundle_that_is_copied_slowly(start, digits_run, tmp_path):
+    "Its record comes first, its model long after; `--watch` refuses the half and serves the whole."
+    served = renamed(digits_run['bundle'], tmp_path/'bundle', 'old')
+    port, service = start('--watch', bundle=served)
+    with service:
+        async def trouble(tally):
+            new, model = renamed(digits_run['bundle'], tmp_path/'new', 'new'), (served/'model.onnx').read_bytes()
+            (served/'model.onnx').unlink()
+            os.replace(new/'bundle.json', served/'bundle.json')
+            await true(lambda: 'stays as it is' in (tmp_path/'stderr').read_text())
+            assert tally.bodies[-1]['label'].startswith('old')
+            (served/'model.onnx').write_bytes(model)
+            await true(lambda: tally.bodies[-1]['label'].startswith('new'))
+        fine(asyncio.run(under_load(port, trouble)))
+
+
 @pytest.mark.parametrize('damage', ['no JSON', 'no file', 'another file'])
 def test_a_broken_bundle_is_not_served(start, digits_run, tmp_path, damage):
     "The old one goes on as if nothing had happened, and the log says why."

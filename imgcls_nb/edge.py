@@ -17,7 +17,7 @@ from string import Template
 
 from . import image as image_module
 from .bundle import Bundle, _read_file, load_bundle, plain, preferred_runtime
-from .run import InputError, whole_or_absent, write_json, write_text
+from .run import ImgclsError, InputError, whole_or_absent, write_json, write_text
 
 # %% ../nbs/11f_edge.ipynb #ed6e0012
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def edge_preprocessing() -> str:  # Python
     "The source of chapter 01, which needs NumPy and Pillow alone, as a file that stands by itself."
     source = inspect.getsource(image_module)
     before, found, after = source.partition(_OWN_IMPORT)
-    assert found, 'imgcls_nb.image imports something else from this library'
+    if not found: raise ImgclsError('imgcls_nb.image imports something else from this library.')
     return before + _OWN_ERROR + after
 
 # %% ../nbs/11f_edge.ipynb #ed6e0015

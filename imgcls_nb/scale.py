@@ -22,11 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .bundle import Bundle, Predictor, load_bundle, preferred_runtime
 from .run import ImgclsError, InputError, whole_or_absent, write_json
+from .serve import ServiceOptions, create_app
 
 # %% ../nbs/11g_scale.ipynb #5ca1e013
 def _walk(root: Path) -> Iterator[str]:
@@ -448,15 +449,13 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/11g_scale.ipynb #5ca1e056
-def _deployment(bundle: str, service: dict, options: dict):
+def _deployment(bundle: str, options: ServiceOptions, replicas: dict):
     "The app of chapter 11 as a class of which Ray makes replicas."
     from ray import serve
 
-    def build():  # in the replica, where the bundle is opened
-        from imgcls_nb.serve import ServiceOptions, create_app
-        return create_app(bundle, ServiceOptions(**service))
+    def build(): return create_app(bundle, options)  # in the replica, where the bundle is opened
 
-    @serve.deployment(**options)
+    @serve.deployment(**replicas)
     @serve.ingress(build)
     class Classifier:
         def check_health(self):
@@ -478,7 +477,7 @@ def serve_app(
     replicas: int | tuple[int, int] = 2,  # how many; or the fewest and the most, and Ray chooses
     host: str = '127.0.0.1',  # 0.0.0.0 lets other machines in
     port: int = 8000,  # where to listen
-    runtime: str | None = None,  # one of the bundle's runtimes; its preferred one by default
+    options: ServiceOptions = ServiceOptions(),  # of each replica; one worker a processor by default
     ongoing: int = 8,  # requests in one replica at a time
     queued: int = 32,  # requests that wait; the next one is answered with 503
     cpus: float = 1,  # processors that each replica is given
@@ -487,15 +486,16 @@ def serve_app(
     "Several copies of the service behind one address; stop them with `stop_serving`."
     _need_ray()
     _check_serving(replicas, ongoing, queued)
-    _opened(bundle, runtime)  # a bad bundle is found here, not in a replica's log
+    _opened(bundle, options.runtime)  # a bad bundle is found here, not in a replica's log
     start_ray(None)
     from ray import serve
-    options = dict(max_ongoing_requests=ongoing, max_queued_requests=queued, health_check_period_s=2,
+    options = replace(options, workers=options.workers or max(1, math.ceil(cpus)))
+    service = dict(max_ongoing_requests=ongoing, max_queued_requests=queued, health_check_period_s=2,
                    health_check_timeout_s=10, graceful_shutdown_timeout_s=20,
                    ray_actor_options=dict(num_cpus=cpus, num_gpus=gpus), **_scaling(replicas, ongoing))
     serve.start(http_options=dict(host=host, port=port))
-    service = dict(runtime=runtime, workers=max(1, math.ceil(cpus)))
-    try: serve.run(_deployment(os.path.abspath(bundle), service, options), name='imgcls', route_prefix='/')
+    deployment = _deployment(os.path.abspath(bundle), options, service)
+    try: serve.run(deployment, name='imgcls', route_prefix='/')
     except RuntimeError as error:
         raise ImgclsError(f'Ray Serve could not start the replicas. {_why(serve.status())}') from error
     return f'http://{host}:{port}'

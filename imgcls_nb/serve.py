@@ -41,7 +41,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .bundle import Bundle, load_bundle, preferred_runtime
 from .image import Limits
 from .page import page_html, page_policy
-from .workers import SERVICE_LIMITS, Answer, Busy, WorkerPool, _log
+from .workers import SERVICE_LIMITS, Answer, Busy, WorkerPool, _log, refused
 
 # %% ../nbs/11_serve.ipynb #5e000001
 @dataclass(frozen=True)
@@ -139,16 +139,31 @@ class _FormParser(MultiPartParser):
     "Starlette's reader of forms, in UTF-8 whatever the sender asks for: some codecs take minutes."
     _charset = property(lambda self: 'utf-8', lambda self, asked: None)
 
+    def __init__(self, *args, largest: int, take: Callable[[int], None], **options):
+        super().__init__(*args, **options)
+        self._largest, self._take = largest, take
 
+    def on_part_begin(self) -> None:
+        self._room = self._largest + 1  # one byte more, by which it is refused as too large
+        super().on_part_begin()
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        kept = min(end, start + self._room)
+        self._room -= kept - start
+        self._take(kept - end)  # what is dropped is given back
+        super().on_part_data(data, start, kept)
+
+# %% ../nbs/11_serve.ipynb #5e000035
 async def _read_form(
     request: Request,  # a form, `multipart/form-data`
-    limit: int,  # bytes in all
-    files: int = 1,  # most files in it
-    take: Callable[[int], None] = lambda count: None,  # told the bytes of each part
+    largest: int,  # bytes of one file; more of it is dropped
+    files: int,  # most files in it
+    take: Callable[[int], None] = lambda count: None,  # told the bytes of each part, and of those dropped
 ) -> list[tuple[str, bytes]]:  # names and contents, in the order sent
     "The files in the field `file`."
-    body = _body_parts(request, limit, take)
-    parser = _FormParser(request.headers, body, max_files=files, max_fields=10)
+    limit = files * largest + _FORM_BYTES
+    parser = _FormParser(request.headers, _body_parts(request, limit, take), max_files=files, max_fields=10,
+                         largest=largest, take=take)
     parser.spool_max_size = limit  # nothing is written to disk
     try: form = await parser.parse()
     except MultiPartException as error:
@@ -171,7 +186,7 @@ async def read_images_of(
     try:
         with fail_after(options.seconds):
             if not form: return [('', b''.join([part async for part in _body_parts(request, limit, take)]))]
-            return await _read_form(request, options.files * limit + _FORM_BYTES, options.files, take)
+            return await _read_form(request, limit, options.files, take)
     except TimeoutError:
         reason = f'The request did not arrive within {options.seconds:g} seconds.'
         raise Refusal(408, reason, headers={'Connection': 'close'}) from None
@@ -321,9 +336,11 @@ class Service:
         "Serve another bundle from now on, without a pause; if it cannot be run, `InputError`, and all stays."
         self._show(await self.pool.swap(bundle))
 
-    async def _answer(self, image: bytes, top: int) -> Answer:
+    async def _answer(self, image: bytes, top: int, admitted: bool = False) -> Answer:
         "What a worker says of one image."
-        answer = await self.pool.submit(image, top)
+        limit, kind = self.options.limits.max_bytes, 'too_many_bytes'
+        if len(image) > limit: answer = refused(413, f'The image is larger than {limit:,} bytes.', kind)
+        else: answer = await self.pool.submit(image, top, admitted)
         self.counts.images.labels(answer.outcome).inc()
         return answer
 
@@ -365,7 +382,8 @@ async def predict(
         try:
             if len(images) == 1: answer = await self._answer(images[0][1], top)
             else:
-                answers = [self._answer(image, top) for _, image in images]
+                self.pool.check_room()  # once for all of them: a form is answered whole, or not begun
+                answers = [self._answer(image, top, admitted=True) for _, image in images]
                 answer = Answer(200, '', await _answer_several(answers, [name for name, _ in images]))
         except Busy as busy: raise _busy(busy.retry_after) from None
     return Response(answer.body, answer.status, media_type='application/json')

@@ -319,9 +319,10 @@ def submit(
     self: WorkerPool,  # started
     image: bytes,  # a file's content
     top: int = 3,  # classes to name
+    admitted: bool = False,  # the request that it belongs to has been let in: it may wait longer
 ) -> asyncio.Future:  # of an `Answer`
     "Put an image into the queue; raises `Busy` if it would have to wait too long."
-    idle = self.check_room() == 0
+    idle = admitted or self.check_room() == 0
     loop = asyncio.get_running_loop()
     job = _Job(image, top, loop.time(), loop.create_future(), excused=idle or not self._ready)
     self._waiting.append(job)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from conftest import assert_no_leftovers, assert_sentence, imgcls
 from imgcls_nb import apps
-from imgcls_nb.apps import answer_cards, predictor_app, serving_requirements, space
+from imgcls_nb.apps import _packages, answer_cards, predictor_app, serving_requirements, space
 from imgcls_nb.bundle import Prediction, load_bundle, write_bundle
 from imgcls_nb.client import Client
 from imgcls_nb.run import ImgclsError, InputError
@@ -236,7 +236,7 @@ def check_it_serves(folder: Path, process, port: int, python=sys.executable) -> 
 
 
 def test_it_serves_with_nothing_but_what_is_listed(folder, tmp_path):
-    names, packages = closure(set(listed(folder))), metadata.packages_distributions()
+    names, packages = closure(set(listed(folder))), _packages()
     allowed = {module for module, owners in packages.items() if {canonicalize_name(owner) for owner in owners} & names} | {'imgcls_nb'}
     (tmp_path/'sitecustomize.py').write_text(GUARD.format(allowed=sorted(allowed)))
     for module in ('torch', 'fastai', 'pandas'):  # the guard works

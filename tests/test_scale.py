@@ -247,7 +247,8 @@ def test_a_replica_dies_and_the_service_answers(cluster, digits_run, scans, expe
 @needs_ray
 def test_a_runtime_that_is_not_there_is_refused(digits_run):
     from imgcls_nb.scale import serve_app
-    with pytest.raises(InputError, match='no runtime .tensorrt.: it has'): serve_app(digits_run['bundle'], runtime='tensorrt')
+    from imgcls_nb.serve import ServiceOptions
+    with pytest.raises(InputError, match='no runtime .tensorrt.: it has'): serve_app(digits_run['bundle'], options=ServiceOptions(runtime='tensorrt'))
 
 
 @pytest.mark.ray
@@ -261,16 +262,18 @@ def test_too_many_requests_are_told_so(cluster, digits_run, tmp_path):
     from PIL import Image
 
     from imgcls_nb.scale import serve_app, stop_serving
+    from imgcls_nb.serve import ServiceOptions
     Image.fromarray(photographs.astronaut()).resize((2048, 2048)).save(tmp_path/'large.png')
     body = (tmp_path/'large.png').read_bytes()
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     try:
-        address = serve_app(digits_run['bundle'], replicas=1, port=port, cpus=0.5, ongoing=1, queued=1)
-        with ThreadPoolExecutor(12) as pool:
-            replies = list(pool.map(lambda _: httpx.post(f'{address}/predict', content=body, timeout=60), range(24)))
+        address = serve_app(digits_run['bundle'], replicas=1, port=port, cpus=0.5, ongoing=1, queued=1, options=ServiceOptions(keys=('secret',)))
+        assert httpx.post(f'{address}/predict', content=body, timeout=60).status_code == 401
+        client = httpx.Client(base_url=address, timeout=60, headers=dict(Authorization='Bearer secret'))
+        with ThreadPoolExecutor(12) as pool: replies = list(pool.map(lambda _: client.post('/predict', content=body), range(24)))
         assert {reply.status_code for reply in replies} == {200, 503}
         assert all(not reply.text.startswith('{') for reply in replies if reply.status_code == 503)
-        assert httpx.post(f'{address}/predict', content=body, timeout=60).status_code == 200
+        assert client.post('/predict', content=body).status_code == 200
     finally: stop_serving()

@@ -107,3 +107,25 @@ def test_the_service_loads_no_training_stack(digits_run):
     code = (f'import sys; from imgcls_nb.serve import create_app; create_app({digits_run["bundle"]!r});'
             'print({m.split(".")[0] for m in sys.modules} & {"torch", "fastai", "matplotlib", "timm"})')
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'
+
+
+def test_a_file_that_is_too_large_is_refused_beside_the_others(service):
+    files = [('file', (name, data)) for name, data in [('zeros', b'\0' * 40_000_000), ('seven', digit(7)[0]), ('more', b'\0' * 11_000_000)]]
+    answers = service.post('/predict', files=files).json()['answers']
+    assert [answer.get('status', 200) for answer in answers] == [413, 200, 413]
+    assert answers[1]['label'] == digit(7)[1] and 'larger than' in answers[0]['error']
+
+
+def test_a_form_is_answered_whole_or_not_begun(digits_run):
+    from fastapi.testclient import TestClient
+
+    from imgcls_nb.serve import ServiceOptions, create_app
+    large = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (1500, 1500), np.uint8)), 'PNG')
+    form = [('file', (f'{i}.png', large)) for i in range(12)]
+    with TestClient(create_app(digits_run['bundle'], ServiceOptions(workers=1, latency=0.02))) as client:
+        for _ in range(3): assert client.post('/predict', content=large).status_code == 200  # now it knows how long one takes
+        reply = client.post('/predict', files=form)
+        assert reply.status_code == 200 and ['label' in answer for answer in reply.json()['answers']] == [True] * 12
+        with ThreadPoolExecutor(4) as pool: replies = list(pool.map(lambda _: client.post('/predict', files=form), range(8)))
+    assert {reply.status_code for reply in replies} == {200, 503}
+    assert all(len(reply.json()['answers']) == 12 for reply in replies if reply.status_code == 200)

@@ -1,4 +1,5 @@
-"""Write what follows from settings.ini and nbs/index.ipynb: pyproject.toml, the version, README.md, badges and links.
+"""Write what follows from settings.ini and nbs/index.ipynb: pyproject.toml, the version, README.md, badges and links,
+and in each chapter the line that leads to its neighbours, in the order of _quarto.yml.
 
     python tools/sync.py           # after editing settings.ini or nbs/index.ipynb
     python tools/sync.py --check   # exit 1 and name the files that are out of date
@@ -98,6 +99,29 @@ def linked(text: str, s: dict[str, str]) -> str:
     return text
 
 
+def chapters() -> list[str]:
+    "The notebooks in the order of the site's sidebar; the home page is the first."
+    return re.findall(r'- (\w+\.ipynb)$', (ROOT/'_quarto.yml').read_text(encoding='utf-8'), re.M)
+
+
+def neighbours(name: str) -> str:
+    "The last line of a chapter: where it comes from and where it goes on."
+    order = chapters()
+    place = order.index(name)
+    def link(word: str, other: str) -> str:
+        first = json.loads((ROOT/'nbs'/other).read_text(encoding='utf-8'))['cells'][0]['source'][0]
+        return f'[Home]({other})' if other == order[0] else f'[{word}: {first.strip().removeprefix("# ")}]({other})'
+
+    return f'{link("Previous", order[place - 1])} · {link("Next", (order + order[:1])[place + 1])}'
+
+
+def in_order(path: Path, text: str) -> str:
+    "A notebook's text with that line at its end."
+    if path.name not in chapters()[1:]: return text
+    *_, last = re.finditer(r'^ +"(\[(Home|Previous|Next).*\.ipynb\)[^"\n]*)"$', text, re.M)
+    return text[:last.start(1)] + json.dumps(neighbours(path.name), ensure_ascii=False)[1:-1] + text[last.end(1):]
+
+
 def readme(s: dict[str, str]) -> str:
     "README.md: the home page's text and outputs as Markdown, without Quarto. Pictures are files in nbs/images."
     nb = json.loads((ROOT/'nbs'/'index.ipynb').read_text(encoding='utf-8'))
@@ -124,7 +148,7 @@ def code_cell(cell: dict, source: str) -> list[str]:
 
 def targets(s: dict[str, str]) -> dict[Path, str]:
     "Every file that this command writes, with its content."
-    notebooks = {path: linked(path.read_text(encoding='utf-8'), s) for path in sorted((ROOT/'nbs').glob('*.ipynb'))}
+    notebooks = {path: in_order(path, linked(path.read_text(encoding='utf-8'), s)) for path in sorted((ROOT/'nbs').glob('*.ipynb'))}
     return {ROOT/'pyproject.toml': pyproject(s), ROOT/s['lib_path']/'__init__.py': versioned(s), **notebooks,
             ROOT/'README.md': readme(s), ROOT/'_quarto.yml': linked((ROOT/'_quarto.yml').read_text(encoding='utf-8'), s)}
 

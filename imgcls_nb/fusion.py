@@ -131,17 +131,21 @@ class TextLeak:
         return '\n'.join([f'{verdict} The text alone is right in {self.accuracy.value:.1%} '
                           f'({self.accuracy.low:.1%} to {self.accuracy.high:.1%}) of {self.count:,} cases; '
                           f'the largest class has {self.majority:.1%}. {self.naming:,} texts name their '
-                          f'class ({self.naming_by_chance:.0f} expected by chance).', *(table if rows else [])])
+                          f'class ({self.naming_by_chance:.0f} expected by chance).',
+                          *(table if rows else [])])
 
 # %% ../nbs/15a_fusion.ipynb #f15a0029
 _WORD = re.compile(r'\w+')
+
+
+def _words_of(text: str) -> str: return re.sub(r'[_-]+', ' ', text.casefold())
 
 
 def _telling_words(texts: Sequence[str], labels: Sequence[str], least: int, purity: float) -> tuple:
     "Words that come with one class alone, more often than luck and the size of that class explain."
     by_word: dict[str, Counter] = {}
     for text, label in zip(texts, labels):
-        for word in set(_WORD.findall(text.casefold())): by_word.setdefault(word, Counter())[label] += 1
+        for word in set(_WORD.findall(_words_of(text))): by_word.setdefault(word, Counter())[label] += 1
     z = 1.96 + np.log10(max(1, len(by_word)))  # more words, more luck
     sizes, found = Counter(labels), []
     for word, counts in by_word.items():
@@ -151,14 +155,19 @@ def _telling_words(texts: Sequence[str], labels: Sequence[str], least: int, puri
         if wilson_interval(hits, total, z).low >= 1 - others / 2: found.append((word, label, hits, total))
     return tuple(sorted(found, key=lambda entry: -entry[2]))
 
+# %% ../nbs/15a_fusion.ipynb #f15a0045
+def _pattern(names: Sequence[str]) -> re.Pattern:
+    "Any of the names as whole words; a script without spaces has no whole words."
+    parts = [re.escape(_words_of(name)) for name in names]
+    return re.compile('|'.join(rf'(?<!\w){part}(?!\w)' if part.isascii() else part for part in parts))
+
 
 def _naming(texts: Sequence[str], labels: np.ndarray,
             aliases: Mapping[str, Sequence[str]]) -> tuple[int, float]:
     "How many texts name their own class, and how many would name a class drawn like the labels."
     classes, shares = np.unique(labels, return_counts=True)
-    patterns = {c: re.compile('|'.join(rf'\b{re.escape(n.casefold())}\b' for n in (c, *aliases.get(c, ()))))
-                for c in classes}
-    named = np.array([[bool(patterns[c].search(text.casefold())) for c in classes] for text in texts])
+    patterns = [_pattern((str(c), *aliases.get(str(c), ()))) for c in classes]
+    named = np.array([[bool(pattern.search(text)) for pattern in patterns] for text in map(_words_of, texts)])
     own = named[np.arange(len(texts)), np.searchsorted(classes, labels)]
     return int(own.sum()), float((named @ (shares / shares.sum())).sum())
 

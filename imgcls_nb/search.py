@@ -224,7 +224,7 @@ def draw_genotypes(
     ends = [_draw_row(axis, genotype, -y) for y, genotype in enumerate(genotypes)]
     labels = labels or [f'{g.resolution} px, {g.width} channels' for g in genotypes]
     for y, label in enumerate(labels): axis.text(-0.15, -y, label, ha='right', va='center', fontsize=8)
-    axis.set(xlim=(-3.2, max(ends)), ylim=(0.6 - len(genotypes), 0.6))
+    axis.set(xlim=(-3.2, max(ends)), ylim=(0.4 - len(genotypes), 0.6))
     axis.axis('off')
     if title: axis.set_title(title, fontsize=10)
     plt.close(figure)
@@ -592,8 +592,8 @@ def plot_search(
         axis.plot(rows['latency_ms'], 100 * rows['accuracy'], style, color=colour, ms=5, label=label)
     axis.plot(front['latency_ms'], 100 * front['accuracy'], 'o-', color='#D55E00', ms=6, label='front')
     axis.set(xscale='log', xlabel='one image, ms (median, one processor)', ylabel='validation accuracy, %',
-             title=title or f'{len(front)} of {len(result.table)} networks are beaten by no other')
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+             title=title or f'{len(result.table)} networks tried, {len(front)} on the front')
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.xaxis.set_major_formatter('{x:g}')
     axis.minorticks_off()
     axis.legend(frameon=False, fontsize=8)
@@ -632,7 +632,7 @@ def _repr_html_(self: SearchResult) -> str:
 def hypervolume(
     table: pd.DataFrame,  # one row a network: `accuracy` from 0 to 1 and `latency_ms`
     accuracy: float = 0.8,  # of the reference point: what is less counts for nothing
-    latency_ms: float = 0.2,  # of the reference point: what is slower counts for nothing
+    latency_ms: float = 0.05,  # of the reference point: what is slower counts for nothing
 ) -> float:  # points of accuracy × halvings of the latency
     "How much a front covers of what lies beyond a reference point."
     front = pareto_front(table[(table['accuracy'] > accuracy) & (table['latency_ms'] < latency_ms)],

@@ -87,10 +87,10 @@ def test_hypervolume_is_optunas():
     from optuna._hypervolume import compute_hypervolume
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        table = pd.DataFrame(dict(accuracy=rng.uniform(0.6, 1, 12), latency_ms=rng.uniform(0.01, 0.4, 12)))
+        table = pd.DataFrame(dict(accuracy=rng.uniform(0.6, 1, 12), latency_ms=rng.uniform(0.005, 0.08, 12)))
         losses = np.stack([-100 * table.accuracy, np.log2(table.latency_ms)], 1)
-        inside = losses[(losses < [-80, np.log2(0.2)]).all(1)]
-        assert np.isclose(hypervolume(table), compute_hypervolume(inside, np.array([-80, np.log2(0.2)])))
+        inside = losses[(losses < [-80, np.log2(0.05)]).all(1)]
+        assert np.isclose(hypervolume(table), compute_hypervolume(inside, np.array([-80, np.log2(0.05)])))
 
 
 def test_beaten_needs_a_faster_one_clearly_ahead():

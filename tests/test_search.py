@@ -13,8 +13,10 @@ import torch
 from imgcls_nb.data import digits
 from imgcls_nb.models import create_model
 from imgcls_nb.run import ImgclsError, InputError
-from imgcls_nb.search import (Genotype, ProxyImages, SearchSpace, _open_study, _sampler, _take_up, genotype_latency, hypervolume,
+from imgcls_nb.search import (Genotype, ProxyImages, SearchedCNN, SearchSpace, _open_study, _sampler, _take_up, genotype_latency, hypervolume,
                               is_beaten, need_optuna, proxy_training, register_genotype, search_architecture, search_settings, search_space)
+
+from imgcls_nb.supernet import Supernet, extract, gradient_norm, naswot, rank_correlation, shared_weights, synflow, zero_cost_scores
 
 try: import ray
 except ImportError: ray = None
@@ -194,6 +196,49 @@ def test_settings(images, tmp_path, pruner):
     assert len(table) == 2 and table['accuracy'].is_monotonic_decreasing
     assert len(search_settings(images, tmp_path, 3, 2, pruner=pruner, **options)) == 3  # it goes on
     with pytest.raises(InputError, match='no pruner'): search_settings(images, tmp_path, pruner='shears')
+
+
+def test_a_part_of_the_supernet_is_the_network_with_its_weights(images):
+    torch.manual_seed(0)
+    supernet, x = Supernet(SearchSpace(), 10), torch.randn(8, 1, 16, 16)
+    genotype = SearchSpace().choose(pick_from(3))
+    part = SearchedCNN(genotype, 10)
+    part.load_state_dict({name: value.detach() for name, value in shared_weights(dict(supernet.whole.named_parameters()), part).items()}, strict=False)
+    assert torch.allclose(supernet(x, genotype), part.train()(x), atol=1e-5)
+    cut = extract(supernet, genotype, ProxyImages(images, most=200), batches=1)
+    assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), part.parameters()))
+    cut.stem[0].weight.data.zero_()
+    assert supernet.whole.stem[0].weight.abs().sum() > 0  # what is cut out is a copy
+
+
+def test_gradients_of_a_part_reach_the_shared_weights_and_no_others():
+    supernet = Supernet(SearchSpace(), 10)
+    supernet(torch.randn(8, 1, 16, 16), Genotype(16, 8, kernels=(3, 3, 3))).square().sum().backward()
+    gradient = supernet.whole.stages[0][0].body[3].weight.grad[:, 0]
+    assert gradient[:16, 1:4, 1:4].any() and not gradient[16:].any() and not gradient[:, 0].any() and not gradient[..., 4].any()
+    assert supernet.whole.stages[0][1].body[0].weight.grad is None  # the second block has no part in it
+
+
+def test_scores(images):
+    proxy, genotype = ProxyImages(images, most=200), Genotype(8, 4)
+    scores = zero_cost_scores(genotype, proxy)
+    assert scores == zero_cost_scores(genotype, proxy) and np.isfinite(list(scores.values())).all()
+    assert scores != zero_cost_scores(genotype, proxy, seed=1)
+    x, model = torch.randn(6, 1, 8, 8), SearchedCNN(genotype, 10)
+    repeated = x[[0, 0, 2, 3, 4, 5]]
+    assert naswot(model, repeated) < naswot(model, x)
+    flow = synflow(model, (1, 8, 8))
+    with torch.no_grad(): model.fc.weight.mul_(-np.e)  # the sign does not count, the size does
+    assert flow < synflow(model, (1, 8, 8))
+    assert gradient_norm(model, x, torch.zeros(6, dtype=torch.long)) > 0
+
+
+def test_rank_correlation_knows_order_and_reverse():
+    order = np.arange(20.0)
+    assert rank_correlation(order, order**3).value == 1 and rank_correlation(-order, order, 'spearman').value == -1
+    noise = rank_correlation(np.random.default_rng(0).random(40), np.random.default_rng(1).random(40))
+    assert noise.low < 0 < noise.high
+    with pytest.raises(InputError, match='too few'): rank_correlation([1, 2, 3], [1, 2, 3])
 
 
 @pytest.mark.ray

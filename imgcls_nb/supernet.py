@@ -53,7 +53,7 @@ def synflow(
     buffers = {name: value.double() for name, value in model.named_buffers()}
     model.eval()  # batch normalisation as it was made: mean 0, deviation 1
     functional_call(model, weights | buffers, torch.ones(1, *shape, dtype=torch.float64)).sum().backward()
-    return float(torch.log(sum((w * w.grad).sum() for w in weights.values())))
+    return float(sum((w.detach() * w.grad).sum() for w in weights.values()).log())
 
 
 def gradient_norm(

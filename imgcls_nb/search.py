@@ -166,7 +166,7 @@ class SearchSpace:
         self,
         pick: Callable[[str, Sequence[int]], int],  # takes a name and the values, gives one of them
     ) -> Genotype:
-        "One network, number by number: `pick` may be a trial's `suggest_categorical`."
+        "One network, number by number."
         def each(name, values): return tuple(pick(f'{name}{i}', values) for i in range(self.stages))
         return Genotype(pick('resolution', self.resolutions), pick('width', self.widths),
                         each('depth', self.depths), each('kernel', self.kernels),
@@ -346,7 +346,7 @@ def need_optuna():
     return optuna
 
 
-SAMPLERS = 'random', 'tpe', 'nsga2'
+SAMPLERS = 'random', 'tpe', 'nsga2', 'gp'
 
 
 def _sampler(name: str, *seeds: int):
@@ -354,7 +354,13 @@ def _sampler(name: str, *seeds: int):
     samplers, seed = need_optuna().samplers, int(np.random.SeedSequence(seeds).generate_state(1)[0])
     if name == 'random': return samplers.RandomSampler(seed=seed)
     if name == 'tpe': return samplers.TPESampler(seed=seed, n_startup_trials=6)
-    return samplers.NSGAIISampler(seed=seed, population_size=10)
+    if name == 'nsga2': return samplers.NSGAIISampler(seed=seed, population_size=10)
+    return samplers.GPSampler(seed=seed, n_startup_trials=6)
+
+
+def _pick(trial) -> Callable[[str, Sequence[int]], int]:
+    "Let a trial choose by position, so that the sampler knows which values are neighbours."
+    return lambda name, values: values[trial.suggest_int(name, 0, len(values) - 1)]
 
 
 def _open_study(folder: Path, storage: str | None = None, name: str = 'architecture',
@@ -390,7 +396,7 @@ class _Job:
     space: SearchSpace
     seed: int = 0
     epochs: int = 5
-    sampler: str = 'tpe'
+    sampler: str = 'gp'
     stop_beaten: bool = True
     latency_ms: float | None = None
     trials: int | None = None
@@ -430,7 +436,7 @@ def _trial(study, job: _Job, images: ProxyImages, worker: int) -> None:
     begun = [t for t in study.get_trials(deepcopy=False) if t.state.name in ('COMPLETE', 'PRUNED', 'RUNNING')]
     study.sampler = _sampler(job.sampler, job.seed, len(begun), worker)
     trial = study.ask()
-    genotype = job.space.choose(trial.suggest_categorical)
+    genotype = job.space.choose(_pick(trial))
     facts = _facts(genotype, study, job, images)
     facts |= dict(seconds=time.perf_counter() - wall, processor_s=time.process_time() - processor)
     for name, value in facts.items(): trial.set_user_attr(name, value)
@@ -557,7 +563,7 @@ def search_architecture(
     seconds: float | None = None,  # seconds of work, over all starts and workers
     seed: int = 0,  # of proposals, weights and order
     latency_ms: float | None = None,  # slower networks are not trained
-    sampler: str = 'tpe',  # who proposes: one of `SAMPLERS`
+    sampler: str = 'gp',  # who proposes: one of `SAMPLERS`
     stop_beaten: bool = True,  # leave a training once a faster network was clearly ahead
     epochs: int = 5,  # of a whole training
     all_epochs: int | None = None,  # of all trainings together

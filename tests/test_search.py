@@ -13,7 +13,7 @@ import torch
 from imgcls_nb.data import digits
 from imgcls_nb.models import create_model
 from imgcls_nb.run import ImgclsError, InputError
-from imgcls_nb.search import (Genotype, ProxyImages, SearchedCNN, SearchSpace, _open_study, _sampler, _take_up, genotype_latency, hypervolume,
+from imgcls_nb.search import (Genotype, ProxyImages, SearchedCNN, SearchSpace, _open_study, _pick, _sampler, _take_up, genotype_latency, hypervolume,
                               is_beaten, need_optuna, proxy_training, register_genotype, search_architecture, search_settings, search_space)
 
 from imgcls_nb.supernet import Supernet, extract, gradient_norm, naswot, rank_correlation, shared_weights, synflow, zero_cost_scores
@@ -107,7 +107,7 @@ def test_proposals_depend_on_the_trial_alone(tmp_path):
     found = []
     for count, worker in [(0, 0), (0, 1), (1, 0), (0, 0)]:
         study.sampler = _sampler('random', 0, count, worker)
-        found.append(TINY.choose(study.ask().suggest_categorical))
+        found.append(TINY.choose(_pick(study.ask())))
     assert found[0] == found[3] and len({g.name for g in found}) == 3
 
 
@@ -116,13 +116,13 @@ import sys
 from imgcls_nb.data import digits
 from imgcls_nb.search import SearchSpace, search_architecture
 space = SearchSpace(resolutions=(8,), widths=(4, 8), depths=(1,), kernels=(3, 5), expansions=(1, 2))
-search_architecture(digits().split(), sys.argv[1], 6, epochs=3, space=space, latencies=sys.argv[2],
+search_architecture(digits().split(), sys.argv[1], 8, epochs=3, space=space, latencies=sys.argv[2],
                     progress=lambda done, total: print(done, flush=True))
 """
 
 
 def test_a_killed_search_goes_on_without_losing_a_trial(images, latencies, tmp_path):
-    whole = search_architecture(images, tmp_path/'whole', 6, epochs=3, space=TINY, latencies=latencies)
+    whole = search_architecture(images, tmp_path/'whole', 8, epochs=3, space=TINY, latencies=latencies)
     process = subprocess.Popen([sys.executable, '-c', KILLED, tmp_path/'killed', latencies], stdout=subprocess.PIPE, text=True)
     while process.stdout.readline().strip() != '2': assert process.poll() is None
     while 'RUNNING' not in (states := [t.state.name for t in _open_study(tmp_path/'killed').trials]): pass
@@ -131,19 +131,19 @@ def test_a_killed_search_goes_on_without_losing_a_trial(images, latencies, tmp_p
     process.stdout.close()
     left = [t.state.name for t in _open_study(tmp_path/'killed').trials]
     assert left.count('COMPLETE') + left.count('RUNNING') == len(left) >= len(states) >= 3
-    found = search_architecture(images, tmp_path/'killed', 6, epochs=3, space=TINY, latencies=latencies)
+    found = search_architecture(images, tmp_path/'killed', 8, epochs=3, space=TINY, latencies=latencies)
     assert list(found.table['genotype']) == list(whole.table['genotype'])
     assert list(found.table['curve']) == list(whole.table['curve'])
-    again = search_architecture(images, tmp_path/'killed', 6, epochs=3, space=TINY, latencies=latencies)
-    assert len(again.table) == 6  # nothing left to do
+    again = search_architecture(images, tmp_path/'killed', 8, epochs=3, space=TINY, latencies=latencies)
+    assert len(again.table) == 8  # nothing left to do
 
 
 def test_the_trial_that_was_cut_off_comes_again(tmp_path):
     study = _open_study(tmp_path)
-    lost = TINY.choose(study.ask().suggest_categorical)
+    lost = TINY.choose(_pick(study.ask()))
     study = _open_study(tmp_path)
     _take_up(study)
-    assert TINY.choose(study.ask().suggest_categorical) == lost
+    assert TINY.choose(_pick(study.ask())) == lost
     assert [t.state.name for t in study.trials] == ['FAIL', 'RUNNING']
 
 

@@ -362,7 +362,7 @@ def _pick(trial) -> Callable[[str, Sequence[int]], int]:
     "Let a trial choose by position, so that the sampler knows which values are neighbours."
     return lambda name, values: values[trial.suggest_int(name, 0, len(values) - 1)]
 
-
+# %% ../nbs/14_search.ipynb #14000058
 def _open_study(folder: Path, storage: str | None = None, name: str = 'architecture',
                 directions: Sequence[str] = ('maximize', 'minimize'), **options):
     "The study of a folder, new or as it was left: a SQLite file, unless another database is named."
@@ -370,6 +370,7 @@ def _open_study(folder: Path, storage: str | None = None, name: str = 'architect
     folder.mkdir(parents=True, exist_ok=True)
     url = storage or f'sqlite:///{folder.resolve()/"study.db"}'
     wait = dict(connect_args=dict(timeout=60)) if url.startswith('sqlite') else None
+    if storage: name = f'{folder.resolve().name}, {name}'  # a database may hold other studies
     return optuna.create_study(storage=optuna.storages.RDBStorage(url, engine_kwargs=wait), study_name=name,
                                directions=directions, load_if_exists=True, **options)
 

@@ -690,7 +690,7 @@ PRUNERS = 'none', 'median', 'halving'
 
 
 def _pruner(name: str):
-    "Which trials are left early: none, those below the median, or all but the best third at each stop."
+    "Which trials are left early: none, those below the median, or all but the best third."
     pruners = need_optuna().pruners
     if name == 'none': return pruners.NopPruner()
     if name == 'median': return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1)

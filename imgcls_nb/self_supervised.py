@@ -188,6 +188,7 @@ def feature_spread(
 ) -> FeatureSpread:
     "Measure the directions of feature vectors; lengths do not count."
     z = F.normalize(torch.as_tensor(features).detach().as_subclass(torch.Tensor).cpu().double(), dim=1)
+    if not z.isfinite().all(): raise InputError('The features are not all finite numbers: the training diverged.')
     values = torch.linalg.svdvals(z - z.mean(0))
     shares = values[values > values.max() * 1e-7] / values.sum().clamp_min(1e-300)
     rank = float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else 0.0
@@ -213,15 +214,20 @@ class WatchCollapse(Callback):
     def load_state_dict(self, state: dict) -> None: self.rows = state['rows']
 
 # %% ../nbs/13_self_supervised.ipynb #5e1f0040
+def _without_labels(data: ImageSet) -> ImageSet:
+    "The same images, with one empty label for all."
+    return replace(data, items=data.items.assign(label=''), classes=('',))
+
+
 def _only_training_images(data: ImageSet) -> ImageSet:
     "The training split without its labels; all images where nothing is split."
     items = data.items
     chosen = items['split'] == 'train' if items['split'].any() else np.ones(len(items), bool)
-    kept = items[chosen].assign(label='', split='train').reset_index(drop=True)
+    kept = items[chosen].assign(split='train').reset_index(drop=True)
     if len(kept) < 16:
         raise InputError(f'{data.name} has {len(kept)} images to learn from without labels: at least 16 are '
                          'needed, and hundreds to be of use. Collect more, or start from pretrained weights.')
-    kept = replace(data, items=kept, classes=())
+    kept = _without_labels(replace(data, items=kept))
     return kept if 'width' in items else kept.scan()
 
 
@@ -293,13 +299,15 @@ class Encoder:
     def save(self, path: str | Path) -> None:
         "Write one safetensors file, whole or not at all."
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.model.state_dict().items()}
-        known = dict(architecture=self.architecture, facts=self.facts, preprocessing=asdict(self.preprocessing))
+        p = asdict(self.preprocessing)
+        known = dict(architecture=self.architecture, facts=self.facts, preprocessing=p)
         content = safetensors_bytes(tensors, {'encoder': json.dumps(known, ensure_ascii=False)})
         with whole_or_absent(path) as partial: partial.write_bytes(content)
 
     def _repr_markdown_(self) -> str:
         p = self.preprocessing
-        known = dict(architecture=self.architecture, input=f'{p.channels} × {p.height} × {p.width}') | self.facts
+        shape = f'{p.channels} × {p.height} × {p.width}'
+        known = dict(architecture=self.architecture, input=shape) | self.facts
         def text(value): return f'{value:.3g}' if isinstance(value, float) else str(value)
         rows = [f'| {name.replace("_", " ")} | {text(value)} |' for name, value in known.items()]
         return '\n'.join(['| encoder | |', '|---|---|', *rows])
@@ -416,7 +424,8 @@ def encode(
 ) -> np.ndarray:  # `float32 [N, F]`
     "Features of images."
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
-    return extract_features(encoder.model, _batches(data, rows, encoder.preprocessing, None))[0]
+    batches = _batches(_without_labels(data), rows, encoder.preprocessing, None)
+    return extract_features(encoder.model, batches)[0]
 
 # %% ../nbs/13_self_supervised.ipynb #5e1f0059
 def linear_probe(

@@ -7,7 +7,8 @@ Docs: https://imgcls.github.io/imgcls_nb/self_supervised.html.md"""
 # %% auto #0
 __all__ = ['VIEWS', 'COLLAPSES', 'GreyAtRandom', 'view_transforms', 'TwoViews', 'nt_xent', 'NTXentLoss', 'headless',
            'projection_head', 'SimCLR', 'FeatureSpread', 'feature_spread', 'WatchCollapse', 'simclr_learner', 'Encoder',
-           'load_encoder', 'start_from', 'default_pretraining_epochs', 'pretrain', 'encode', 'linear_probe']
+           'load_encoder', 'start_from', 'default_pretraining_epochs', 'pretrain', 'encode', 'linear_probe',
+           'pretrain_learner']
 
 # %% ../nbs/13_self_supervised.ipynb #5e1f0008
 import hashlib
@@ -188,7 +189,7 @@ def feature_spread(
 ) -> FeatureSpread:
     "Measure the directions of feature vectors; lengths do not count."
     z = F.normalize(torch.as_tensor(features).detach().as_subclass(torch.Tensor).cpu().double(), dim=1)
-    if not z.isfinite().all(): raise InputError('The features are not all finite numbers: the training diverged.')
+    if not z.isfinite().all(): raise InputError('Some features are not finite: the training diverged.')
     values = torch.linalg.svdvals(z - z.mean(0))
     shares = values[values > values.max() * 1e-7] / values.sum().clamp_min(1e-300)
     rank = float(torch.exp(-(shares * shares.log()).sum())) if len(shares) else 0.0
@@ -283,13 +284,15 @@ def _simclr_recipe(data, architecture, pretrained, batch_size, views, temperatur
                 batch_size=size, temperature=temperature, outputs=outputs, seed=seed)
 
 # %% ../nbs/13_self_supervised.ipynb #5e1f0050
-@dataclass
+@dataclass(repr=False)
 class Encoder:
     "A network that describes pictures, and how it came about."
     model: nn.Module  # from `float32 [N, C, H, W]` to features `[N, F]`
     architecture: str  # a name that `create_model` takes, or the class of a network of your own
     preprocessing: Preprocessing  # what it takes
     facts: dict = field(default_factory=dict)  # how it was trained
+
+    def __repr__(self) -> str: return f'{self.architecture}, encoder {self.digest}'
 
     @property
     def digest(self) -> str:
@@ -437,3 +440,19 @@ def linear_probe(
     head = fit_head(encode(encoder, data, rows), data.targets(rows), 1.0)
     right = head.predict(encode(encoder, data, test)) == data.targets(test)
     return wilson_interval(int(right.sum()), len(right))
+
+# %% ../nbs/13_self_supervised.ipynb #5e1f0098
+def pretrain_learner(
+    learn: Learner,  # from `image_learner`, not trained yet
+    epochs: int | None = None,  # as for `pretrain`
+    folder: str | Path | None = None,  # as for `pretrain`
+    callbacks: tuple[Callback, ...] = (),  # as for `pretrain`
+    **options,  # for `simclr_learner`
+) -> Learner:  # the same learner, for `train`
+    "SimCLR on the training images of a learner, with its architecture, weights and input; then begin there."
+    dataset, recipe = learn.dls.train.dataset, learn.recipe
+    own = dict(size=dataset.preprocessing.height, seed=recipe['seed'], pretrained=recipe['pretrained'],
+               device=learn.dls.device)
+    encoder = pretrain(dataset.data, recipe['architecture'], epochs, None, folder, None, callbacks,
+                       **own | options)
+    return start_from(learn, encoder)

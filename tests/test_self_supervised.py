@@ -13,7 +13,7 @@ from imgcls_nb.labelling import unlabelled
 from imgcls_nb.models import ResNet, conv_block, create_model
 from imgcls_nb.run import InputError
 from imgcls_nb.self_supervised import (Encoder, TwoViews, VIEWS, encode, feature_spread, headless, linear_probe, load_encoder,
-                                       nt_xent, pretrain, simclr_learner, start_from, view_transforms)
+                                       nt_xent, pretrain, pretrain_learner, simclr_learner, start_from, view_transforms)
 from imgcls_nb.train import ReportProgress, image_learner, train
 
 DATA = digits().split().scan()
@@ -149,15 +149,14 @@ def test_a_classifier_begins_there_and_trains(encoder):
 
 def test_what_the_command_does(tmp_path):
     "As `imgcls train SOURCE --pretrain simclr` will: a learner, a pretraining like it, a training that begins there; twice is once."
-    learn, reports = image_learner(SMALL, size=8, seed=3), []
-    def encoder_for(learn):
-        r, p = learn.recipe, learn.dls.train.dataset.preprocessing
-        return pretrain(SMALL, r['architecture'], 2, folder=tmp_path/'pretrain', size=p.height, seed=r['seed'],
-                        callbacks=(ReportProgress(lambda *a: reports.append(a)),))
-    start_from(learn, encoder_for(learn))
+    reports = []
+    def made():
+        return pretrain_learner(image_learner(SMALL, size=8, seed=3), 2, tmp_path/'pretrain',
+                                (ReportProgress(lambda *a: reports.append(a)),))
+    learn = made()
     before = len(reports)
     quietly(learn, 1, resume=tmp_path/'checkpoint')
-    second = start_from(image_learner(SMALL, size=8, seed=3), encoder_for(learn))
+    second = made()
     assert before and len(reports) == before  # what is finished is read
     quietly(second, 1, resume=tmp_path/'checkpoint')  # and fits the checkpoint
     assert same(second.model, learn.model)

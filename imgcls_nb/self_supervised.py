@@ -353,14 +353,14 @@ def start_from(
     learn: Learner,  # from `image_learner`, not trained yet
     encoder: Encoder,  # of the same architecture
 ) -> Learner:  # the same learner, for `train`
-    "Begin a training of a classifier with an encoder's weights: the head first, then everything."
+    "Begin a training of a classifier with an encoder's weights; how `train` goes about it stays the same."
     own, theirs = learn.dls.train.dataset.preprocessing, encoder.preprocessing
     for name in ('channels', 'mean', 'std'):
         if getattr(own, name) != getattr(theirs, name):
             raise InputError(f'The encoder was trained with {name} {getattr(theirs, name)}, and this learner '
                              f'gives it {getattr(own, name)}: make both with the same preprocessing.')
     _load_body(learn.model, encoder.model.state_dict(), encoder.digest)
-    learn.recipe.update(pretrained=True, encoder=encoder.digest, pretraining=encoder.facts)
+    learn.recipe.update(encoder=encoder.digest, pretraining=encoder.facts)
     return learn
 
 # %% ../nbs/13_self_supervised.ipynb #5e1f0054

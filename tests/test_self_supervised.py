@@ -140,7 +140,7 @@ def colour(): return from_arrays(*colour_images()).split().scan()
 def test_a_classifier_begins_there_and_trains(encoder):
     learn = start_from(image_learner(SMALL, 'small_cnn', size=8, batch_size=16), encoder)
     assert torch.equal(learn.model.features[0][0].weight.cpu(), encoder.model.features[0][0].weight.cpu())
-    assert learn.recipe['pretrained'] and learn.recipe['encoder'] == encoder.digest
+    assert not learn.recipe['pretrained'] and learn.recipe['encoder'] == encoder.digest
     quietly(learn, 10, learning_rate=1e-2)
     probabilities, targets = predict_probabilities(learn)
     assert (probabilities.argmax(1) == targets).mean() > 0.4

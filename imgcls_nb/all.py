@@ -38,3 +38,8 @@ from imgcls_nb.apps import *
 from imgcls_nb.edge import *
 from imgcls_nb.scale import *
 from imgcls_nb.diagnose import *
+from imgcls_nb.self_supervised import *
+from imgcls_nb.search import *
+from imgcls_nb.supernet import *
+from imgcls_nb.multimodal import *
+from imgcls_nb.fusion import *

@@ -97,6 +97,14 @@ def _safe_name(name: str) -> str:
     return name or 'run'
 
 
+def _made_known(architecture: str) -> str:
+    "The name itself; a network that a search has found can be made by it from now on."
+    if architecture.startswith('search:'):
+        from imgcls_nb.search import register_genotype
+        register_genotype(architecture)
+    return architecture
+
+
 def _check_options(args: argparse.Namespace) -> None:
     "Refuse a name that nothing has before the first image is read."
     if not args.source: raise InputError('Name a source, such as digits or a folder (imgcls run --help).')
@@ -106,7 +114,10 @@ def _check_options(args: argparse.Namespace) -> None:
     from imgcls_nb.augment import augmentations, mixing
     from imgcls_nb.balance import check_balance
     from imgcls_nb.models import check_architecture
-    if args.arch: check_architecture(args.arch)
+    if args.arch == 'search':
+        from imgcls_nb.search import need_optuna
+        need_optuna()
+    elif args.arch: check_architecture(_made_known(args.arch))
     from imgcls_nb.calibrate import images_for_promise
     if args.precision is not None: images_for_promise(args.precision)
     augmentations(args.augment or 'none'), mixing(args.mix), check_balance(args.balance)
@@ -187,11 +198,13 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     from imgcls_nb.augment import mixing
     from imgcls_nb.diagnose import Watch
     from imgcls_nb.train import EpochLog, ReportProgress, default_epochs, image_learner, train
+    architecture, size = _architecture(run, data, args, screen)
     with stage(run, 'prepare'), screen.bar('prepare') as progress:
         pretrained = False if args.from_scratch else None
-        learn = image_learner(data, args.arch, pretrained, args.size, args.batch_size, args.augment,
+        learn = image_learner(data, architecture, pretrained, size, args.batch_size, args.augment,
                               balance=args.balance, seed=args.seed, progress=progress)
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
+    if args.pretrain: _pretrain(run, learn, screen)
     learn.logger, learn.recipe['mix'] = (lambda row: None), args.mix
     _announce(run, learn, args.epochs or default_epochs(learn), screen)
     watch = Watch()
@@ -204,6 +217,26 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
         save_record(run, recipe=learn.recipe)
         write_json(run.diagnostics, watch.record)
     return learn
+
+# %% ../nbs/21_cli.ipynb #3a9157c1
+def _architecture(run: Run, data, args: argparse.Namespace, screen: Screen) -> tuple[str | None, int | None]:
+    "The architecture and the size that were asked for, or that a search finds."
+    if args.arch != 'search': return args.arch, args.size
+    from imgcls_nb.search import register_genotype, search_architecture
+    with stage(run, 'search'), screen.bar('search') as progress:
+        found = search_architecture(data, run.folder/'search', args.search_trials, args.search_seconds,
+                                    args.seed, args.latency_ms, progress=progress)
+    save_record(run, search=dict(best=found.best.name, networks=len(found.table)))
+    screen.say(f'{found.best.name}: the best of {len(found.table)} networks')
+    return register_genotype(found.best), args.size or found.best.resolution
+
+
+def _pretrain(run: Run, learn, screen: Screen) -> None:
+    "Begin with what the training images say without their labels (chapter 13)."
+    from imgcls_nb.self_supervised import pretrain_learner
+    from imgcls_nb.train import ReportProgress
+    with stage(run, 'pretrain'), screen.bar('pretrain') as progress:
+        pretrain_learner(learn, folder=run.folder/'pretrain', callbacks=(ReportProgress(progress),))
 
 # %% ../nbs/21_cli.ipynb #f551d700
 def _announce(run: Run, learn, epochs: int, screen: Screen) -> None:
@@ -536,6 +569,7 @@ def _exported(args: argparse.Namespace):
     from imgcls_nb.bundle import load_bundle
     run, folder = _run_and_bundle(args.source)
     bundle = load_bundle(folder)
+    _made_known(bundle.record.architecture or '')
     if args.images: data, kept = _folder(args.images), None
     elif run: kept = (data := _images_of_run(run)).where('test')
     else: raise InputError('Say with --images FOLDER which held-out images prove it: one folder a class.')
@@ -563,14 +597,27 @@ def _image_paths(names: list[str]) -> Iterator[str]:
 
 # %% ../nbs/21_cli.ipynb #c11d0001
 def _open_predictor(args: argparse.Namespace):
-    "What answers: a bundle, or a service at an address. Then the first name is an image, too."
-    if not args.url:
+    "What answers: a bundle, a service, or words. For the last two the first name is an image, too."
+    if not args.url and args.zero_shot is None:
         from imgcls_nb.bundle import load_bundle
         return contextlib.nullcontext(load_bundle(args.bundle).predictor(args.runtime))
-    if args.runtime: raise InputError('A service has chosen its runtime: leave --runtime out.')
-    from imgcls_nb.client import Client
+    if args.runtime: raise InputError('--runtime is for a bundle: leave it out.')
     args.images = [args.bundle, *(args.images or [])]
+    if args.zero_shot is not None: return contextlib.nullcontext(_zero_shot(args))
+    from imgcls_nb.client import Client
     return Client(args.url, os.environ.get('IMGCLS_API_KEY') or None)
+
+
+def _zero_shot(args: argparse.Namespace):
+    "A classifier made of the names alone (chapter 15)."
+    if args.url: raise InputError('Ask a service, or name the classes with --zero-shot: not both.')
+    from imgcls_nb.multimodal import zero_shot
+    names = [name.strip() for name in args.zero_shot.split(',')]
+    with Screen(quiet=args.json).bar('read names') as progress:
+        classifier = zero_shot(names, 'clip' if args.clip else 'offline', progress=progress)
+    for name in classifier.doubts: print(f'imgcls: "{name}" is hardly English: expect nothing of it.',
+                                         file=sys.stderr)
+    return classifier
 
 
 def _answers(predictor, args: argparse.Namespace) -> Iterator[tuple[str, object]]:
@@ -585,7 +632,7 @@ def _answers(predictor, args: argparse.Namespace) -> Iterator[tuple[str, object]
 # %% ../nbs/21_cli.ipynb #db793dd9
 def predict_command(args: argparse.Namespace) -> int:
     "`imgcls predict BUNDLE IMAGES…`: a label for each image, as a table or as JSON lines."
-    if args.out or args.engine: return _predict_batch(args)
+    if (args.out or args.engine) and args.zero_shot is None: return _predict_batch(args)
     from imgcls_nb.image import ImageError
     rows, failed, count = [], 0, 0
     with _open_predictor(args) as predictor:
@@ -735,7 +782,10 @@ def _add_run(commands) -> None:
                             formatter_class=_Format, epilog=examples)
     _add_source(p, nargs='?')
     p.add_argument('--resume', metavar='RUN', help='go on with a run that was cut off, with its own options')
-    p.add_argument('--arch', help='small_cnn, or any timm model (default: chosen for the data)')
+    p.add_argument('--arch', help='small_cnn, any timm model, or search (default: chosen for the data)')
+    p.add_argument('--search-trials', type=_positive, default=40, help='with --arch search: networks to try')
+    p.add_argument('--search-seconds', type=float, help='with --arch search: the longest it may take')
+    p.add_argument('--pretrain', choices=['simclr'], help='learn from the images without labels first')
     p.add_argument('--from-scratch', action='store_true', help='do not start from pretrained weights')
     p.add_argument('--epochs', type=_positive, help='passes over the training images')
     p.add_argument('--learning-rate', type=float, help='the highest of the schedule')
@@ -967,18 +1017,22 @@ class _Address(argparse.Action):
         setattr(namespace, self.dest, value)
         self.images.required = False
 
-
+# %% ../nbs/21_cli.ipynb #5c3493d9
 def _add_predict(commands) -> None:
     "Options of `imgcls predict`."
     p = commands.add_parser('predict', help='labels for images', formatter_class=_Format,
                             epilog='examples:\n  imgcls predict runs/digits/bundle new.png\n'
                                    '  find . -name "*.jpg" | imgcls predict BUNDLE - --json\n'
-                                   '  imgcls predict --url http://127.0.0.1:8000 new.png')
-    p.add_argument('bundle', help='a bundle, such as runs/digits/bundle; none with --url')
+                                   '  imgcls predict --url http://127.0.0.1:8000 new.png\n'
+                            '  imgcls predict --zero-shot "a cat, a dog" new.jpg')
+    p.add_argument('bundle', help='a bundle, such as runs/digits/bundle; none with --url or --zero-shot')
     images = p.add_argument('images', nargs='+', help='files, folders, or - to read paths from stdin')
     p.add_argument('--url', action=_Address, images=images,
                    help='ask the service at this address instead of a bundle; if it wants a key, set '
                         'IMGCLS_API_KEY in the environment')
+    p.add_argument('--zero-shot', action=_Address, images=images, metavar='NAMES',
+                   help='no bundle: classes by their names, as "a cat, a dog" (needs the extra multimodal)')
+    p.add_argument('--clip', action='store_true', help='with --zero-shot: CLIP, a download of 605 MB')
     p.add_argument('--top', type=_positive, default=3, help='how many classes to name')
     p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
     p.add_argument('--sort-into', metavar='FOLDER',

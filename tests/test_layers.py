@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 
-ORDER = 'run task image data label_tools sources check labelling balance augment models transfer train averaging distributed evaluate calibrate compare slices explain runtimes bundle hub export formats variants quantize prune distill compress workers page serve server client apps edge scale diagnose cli'.split()
+ORDER = 'run task image data label_tools sources check labelling balance augment models transfer train averaging distributed evaluate calibrate compare slices explain runtimes bundle hub export formats variants quantize prune distill compress workers page serve server client apps edge scale diagnose self_supervised search supernet multimodal fusion cli'.split()
 LIGHT = 'run task image runtimes bundle workers page serve server client edge cli'.split()
 HEAVY = 'torch fastai matplotlib timm pandas sklearn'.split()
 

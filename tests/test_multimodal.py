@@ -1,11 +1,14 @@
 "Classes by name: hostile names and images, honest probabilities, the cache, CLIP's code path; fusion and leaks in texts."
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import data as photographs
 
+from conftest import assert_sentence, imgcls
 from imgcls_nb import multimodal as m
 from imgcls_nb.bundle import Prediction
 from imgcls_nb.fusion import FusionNet, check_text_leak, fusion_probabilities, late_fusion, train_fusion
@@ -311,3 +314,13 @@ def test_a_large_class_is_no_leak_and_chinese_names_are_found():
     with pytest.raises(InputError, match='2 texts and 3 labels'): check_text_leak(['a', 'b'], [1, 2, 3])
     with pytest.raises(InputError, match='Two classes'): check_text_leak(['a'] * 20, ['x'] * 20)
     with pytest.raises(InputError, match='Two classes'): check_text_leak([], [])
+
+
+def test_the_command_answers_with_names(tmp_path):
+    Image.fromarray(photographs.coffee()).save(tmp_path/'eine Tasse 咖啡.png')
+    (tmp_path/'broken.jpg').write_bytes(b'\xff\xd8\xff\xe0 and no more')
+    result = imgcls('predict', '--zero-shot', 'a cat, a cup of coffee', 'eine Tasse 咖啡.png', 'broken.jpg', '--json', cwd=tmp_path)
+    good, bad = map(json.loads, result.stdout.splitlines())
+    assert result.returncode == 1 and good['label'] == 'a cup of coffee' and good['sure'] and 'error' in bad
+    assert_sentence(imgcls('predict', '--zero-shot', 'a cat, a cat', 'broken.jpg', cwd=tmp_path), 'a cat')
+    assert_sentence(imgcls('predict', '--zero-shot', 'a cat', '--url', 'http://127.0.0.1:9', 'x.png', cwd=tmp_path), 'not both')

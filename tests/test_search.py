@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from conftest import assert_sentence, imgcls
 from imgcls_nb.data import digits
 from imgcls_nb.models import create_model
 from imgcls_nb.run import ImgclsError, InputError
@@ -247,3 +248,14 @@ def test_workers_share_a_study(images, latencies, tmp_path):
     found = search_architecture(images, tmp_path, 6, epochs=1, space=TINY, latencies=latencies, workers=2)
     assert 6 <= len(found.table) <= 7
     assert not [t for t in _open_study(tmp_path).trials if t.state.name == 'RUNNING']
+
+
+def test_the_command_finds_a_network_and_keeps_it(tmp_path):
+    "`imgcls run --arch search`: the found network is the bundle's, and another process can make it again by its name."
+    result = imgcls('run', 'digits', '--arch', 'search', '--search-trials', '2', '--epochs', '2', '--json', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path/'runs'/'digits'
+    record, bundle = json.loads((run/'run.json').read_text()), json.loads((run/'bundle'/'bundle.json').read_text())
+    assert record['search'] == dict(best=bundle['architecture'], networks=2) and bundle['architecture'].startswith('search:')
+    assert imgcls('export', run, '--to', 'openvino', '--out', tmp_path/'more', cwd=tmp_path).returncode == 0
+    assert_sentence(imgcls('run', 'digits', '--arch', 'search:r12', cwd=tmp_path), 'search:r12')

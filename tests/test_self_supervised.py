@@ -1,4 +1,5 @@
 "SimCLR: the loss is the formula, only training images are looked at, collapse is named, and a classifier can begin there."
+import json
 import warnings
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
+from conftest import imgcls
 from imgcls_nb.data import digits, from_arrays, from_folder
 from imgcls_nb.evaluate import predict_probabilities
 from imgcls_nb.labelling import unlabelled
@@ -245,3 +247,11 @@ def test_it_learns_without_labels():
         z, of_test = [torch.nn.functional.normalize(torch.from_numpy(encode(model, DATA, part)), dim=1) for part in (rows, test)]
         return (DATA.targets(rows)[(of_test @ z.T).argmax(1).numpy()] == DATA.targets(test)).mean()
     assert neighbours(learned) > max(0.93, neighbours(untrained) + 0.02)
+
+
+@pytest.mark.slow
+def test_the_command_pretrains(tmp_path):
+    result = imgcls('run', 'digits', '--pretrain', 'simclr', '--json', cwd=tmp_path)
+    assert result.returncode == 0 and json.loads(result.stdout)['accuracy'] > 0.97, result.stderr
+    record = json.loads((tmp_path/'runs'/'digits'/'run.json').read_text())
+    assert record['recipe']['encoder'] and (tmp_path/'runs'/'digits'/'pretrain').is_dir()

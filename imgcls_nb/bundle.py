@@ -7,8 +7,8 @@ Docs: https://imgcls.github.io/imgcls_nb/bundle.html.md"""
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'Record', 'Figure', 'Parity', 'PromiseRecord', 'Decision', 'Runtime', 'TaskRecord',
            'PreprocessingRecord', 'CalibrationRecord', 'BundleRecord', 'preferred_runtime', 'bundle_schema', 'plain',
-           'model_card', 'sha256', 'Bundle', 'load_bundle', 'write_bundle', 'Prediction', 'Predictor', 'add_runtime',
-           'add_note', 'prefer']
+           'model_card', 'sha256', 'Bundle', 'load_bundle', 'write_bundle', 'Prediction', 'ImageClassifier',
+           'Predictor', 'add_runtime', 'add_note', 'prefer']
 
 # %% ../nbs/08_bundle.ipynb #b3992da8
 import hashlib
@@ -533,7 +533,11 @@ def _prediction(classes: Sequence[str], row: np.ndarray, top: int, decision: Dec
     return Prediction(best[0][0], best[0][1], best, reason is None, reason)
 
 # %% ../nbs/08_bundle.ipynb #ff57022e
-class Predictor:
+class ImageClassifier:
+    "What has a `preprocessing`, and `answers` for prepared pixels, takes images in every form."
+
+
+class Predictor(ImageClassifier):
     "Runs a bundle: images in, answers out."
     def __init__(
         self,
@@ -579,7 +583,7 @@ def probabilities(
 # %% ../nbs/08_bundle.ipynb #45eab8fb
 @patch
 def read(
-    self: Predictor,  # an open bundle
+    self: ImageClassifier,  # an open bundle, for one
     source: str | Path | bytes | Image.Image,  # a path, a file's bytes, or a Pillow image
     limits: Limits = Limits(),  # what to refuse
 ) -> np.ndarray:  # `uint8 [H, W, C]`
@@ -602,7 +606,7 @@ def answers(
 # %% ../nbs/08_bundle.ipynb #00181fc9
 @patch
 def predict(
-    self: Predictor,  # an open bundle
+    self: ImageClassifier,  # an open bundle, for one
     sources: Sequence[str | Path | bytes | Image.Image],  # paths, files' bytes or Pillow images
     top: int = 3,  # how many classes to name, at least 1
     limits: Limits = Limits(),  # what to refuse
@@ -614,7 +618,7 @@ def predict(
 
 @patch
 def __call__(
-    self: Predictor,  # an open bundle
+    self: ImageClassifier,  # an open bundle, for one
     source: str | Path | bytes | Image.Image,  # a path, a file's bytes, or a Pillow image
     top: int = 3,  # how many classes to name, at least 1
     limits: Limits = Limits(),  # what to refuse

@@ -38,9 +38,9 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize as unit_rows
 
-from .bundle import Prediction
+from .bundle import ImageClassifier, Prediction
 from .data import Progress
-from .image import Limits, Preprocessing, load_pixels, normalize
+from .image import Preprocessing, normalize
 from .run import ImgclsError, InputError, versions, whole_or_absent
 from .sources import cache_folder
 from .transfer import _hub_answers, pretrained_model, pretrained_preprocessing
@@ -376,7 +376,7 @@ def name_rows(
 
 # %% ../nbs/15_multimodal.ipynb #a150001b
 @dataclass(frozen=True, repr=False)
-class ZeroShot:
+class ZeroShot(ImageClassifier):
     "A classifier for classes that exist only as names; it answers as a `Predictor` does."
     names: tuple[str, ...]  # of the K classes
     space: JointSpace  # where pictures and names are compared
@@ -413,16 +413,6 @@ def _zero_shot_answer(classifier: ZeroShot, row: np.ndarray, unrelated: float, t
 
 # %% ../nbs/15_multimodal.ipynb #c150001e
 @patch
-def read(
-    self: ZeroShot,  # a classifier
-    source: str | Path | bytes | Image.Image,  # a path, a file's bytes, or a Pillow image
-    limits: Limits = Limits(),  # what to refuse
-) -> np.ndarray:  # `uint8 [H, W, C]`
-    "Open one image and prepare it; raises `ImageError` as `Predictor.read` does."
-    return load_pixels(source, self.preprocessing, limits)
-
-
-@patch
 def answers(
     self: ZeroShot,  # a classifier
     pixels: np.ndarray,  # prepared, `uint8 [N, H, W, C]`
@@ -443,29 +433,6 @@ def probabilities(
 ) -> np.ndarray:  # `float32 [N, K]`
     "The softmax over the names; it sums to 1 even where none of them fits."
     return softmax(self.space.scale * self.space.images(pixels) @ self.rows.T, 1)
-
-# %% ../nbs/15_multimodal.ipynb #c150001f
-@patch
-def predict(
-    self: ZeroShot,  # a classifier
-    sources: Sequence[str | Path | bytes | Image.Image],  # paths, files' bytes or Pillow images
-    top: int = 3,  # how many names to give, at least 1
-    limits: Limits = Limits(),  # what to refuse
-) -> list[Prediction]:
-    "Answers for several images, computed together."
-    if not len(sources): return []
-    return self.answers(np.stack([self.read(source, limits) for source in sources]), top)
-
-
-@patch
-def __call__(
-    self: ZeroShot,  # a classifier
-    source: str | Path | bytes | Image.Image,  # a path, a file's bytes, or a Pillow image
-    top: int = 3,  # how many names to give, at least 1
-    limits: Limits = Limits(),  # what to refuse
-) -> Prediction:
-    "The answer for one image."
-    return self.predict([source], top, limits)[0]
 
 # %% ../nbs/15_multimodal.ipynb #a150001f
 @patch

@@ -17,7 +17,7 @@ from imgcls_nb.run import ImgclsError, InputError
 from imgcls_nb.search import (Genotype, ProxyImages, SearchedCNN, SearchSpace, _open_study, _pick, _sampler, _take_up, genotype_latency, hypervolume,
                               is_beaten, need_optuna, proxy_training, register_genotype, search_architecture, search_settings, search_space)
 
-from imgcls_nb.supernet import Supernet, extract, gradient_norm, naswot, kendall_tau, shared_weights, synflow, zero_cost_scores
+from imgcls_nb.supernet import Supernet, extract, gradient_norm, naswot, rank_agreement, shared_weights, synflow, zero_cost_scores
 
 try: import ray
 except ImportError: ray = None
@@ -234,12 +234,12 @@ def test_scores(images):
     assert gradient_norm(model, x, torch.zeros(6, dtype=torch.long)) > 0
 
 
-def test_kendall_tau_knows_order_and_reverse():
+def test_rank_agreement_knows_order_and_reverse():
     order = np.arange(20.0)
-    assert kendall_tau(order, order**3).value == 1 and kendall_tau(-order, order, 'spearman').value == -1
-    noise = kendall_tau(np.random.default_rng(0).random(40), np.random.default_rng(1).random(40))
+    assert rank_agreement(order, order**3).value == 1 and rank_agreement(-order, order, 'spearman').value == -1
+    noise = rank_agreement(np.random.default_rng(0).random(40), np.random.default_rng(1).random(40))
     assert noise.low < 0 < noise.high
-    with pytest.raises(InputError, match='too few'): kendall_tau([1, 2, 3], [1, 2, 3])
+    with pytest.raises(InputError, match='too few'): rank_agreement([1, 2, 3], [1, 2, 3])
 
 
 @pytest.mark.ray

@@ -6,8 +6,9 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
-           'data_command', 'models_command', 'compare_command', 'export_command', 'predict_command', 'serve_command',
-           'space_command', 'edge_command', 'doctor_command', 'compress_command', 'make_parser', 'main']
+           'train_command', 'evaluate_command', 'data_command', 'models_command', 'compare_command', 'export_command',
+           'predict_command', 'serve_command', 'space_command', 'edge_command', 'doctor_command', 'compress_command',
+           'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -72,23 +73,30 @@ def print_table(rows: list[list[str]], heading: list[str], title: str = '') -> N
 def run_command(args: argparse.Namespace) -> int:
     "`imgcls run SOURCE`: check, split, train, evaluate, calibrate, export, compress, report."
     screen = Screen(quiet=args.json)
-    from imgcls_nb.task import Task, machine
+    run, data = _begin(args)
+    with recording(run):
+        data = _prepare(run, data, args, screen)
+        learn = _new_learner(run, data, args, screen)
+        _fit(run, learn, args, screen)
+        summary = _prove(run, data, learn, args, screen)
+        save_record(run, summary=summary)
+    summary = dict(summary, seconds=run.record['seconds'])
+    if args.json: print(json.dumps(summary, ensure_ascii=False))
+    else: _print_summary(run, summary)
+    return 1 if args.strict and not all(r['met'] for r in summary['requirements']) else 0
+
+
+def _begin(args: argparse.Namespace):
+    "A new run, or the one to go on with, and its images; what cannot be used is refused before."
+    from imgcls_nb.task import machine
     earlier = _earlier(args) if args.resume else None
     _check_options(args)
     data = _load(args)
     run = earlier or create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source),
                                 seed=args.seed, options=_options(args), hardware=machine().as_dict())
     args.folder = run.folder
-    with recording(run):
-        data = _prepare(run, data, args, screen)
-        task = Task(data.classes, args.metric, args.target, args.latency_ms, args.size_mb)
-        learn = _train(run, data, args, screen)
-        summary = _prove(run, data, learn, task, args.precision, screen)
-        save_record(run, summary=summary)
-    summary = dict(summary, seconds=run.record['seconds'])
-    if args.json: print(json.dumps(summary, ensure_ascii=False))
-    else: _print_summary(run, summary)
-    return 1 if args.strict and not all(r['met'] for r in summary['requirements']) else 0
+    return run, data
+
 
 # %% ../nbs/21_cli.ipynb #d4a10022
 def _safe_name(name: str) -> str:
@@ -173,15 +181,20 @@ def _options(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in others}
 
 
+def _begun_with(run: Run) -> argparse.Namespace:
+    "The options that a run was begun with."
+    usual, options = make_parser().parse_args(['run']), run.record.get('options')
+    if not isinstance(options, dict) or set(options) != set(_options(usual)):
+        raise InputError(f'{run.folder} was made by another version, which kept no options: start a new run.')
+    return argparse.Namespace(**vars(usual) | options)
+
+
 def _earlier(args: argparse.Namespace) -> Run:
     "The run to go on with; its options take the place of those in `args`."
     run = open_run(args.resume)
-    if run.record.get('state') == 'finished':
+    if run.record.get('state') == 'finished' and (args.command is train_command or run.bundle.is_dir()):
         raise InputError(f'{run.folder} is finished: there is nothing to go on with.')
-    options = run.record.get('options')
-    if not isinstance(options, dict) or set(options) != set(_options(args)):
-        raise InputError(f'{run.folder} was made by another version, which kept no options: start a new run.')
-    vars(args).update(options)
+    vars(args).update(_options(_begun_with(run)))
     return run
 
 
@@ -193,11 +206,9 @@ def _check_unchanged(run: Run, fingerprint: str) -> None:
                          'start a new run.')
 
 # %% ../nbs/21_cli.ipynb #3a9157c0
-def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
-    "Make a learner, say how long it will take, and train it."
-    from imgcls_nb.augment import mixing
-    from imgcls_nb.diagnose import Watch
-    from imgcls_nb.train import EpochLog, ReportProgress, default_epochs, image_learner, train
+def _new_learner(run: Run, data, args: argparse.Namespace, screen: Screen):
+    "The network that was asked for, or that a search finds, with what it has learned before this data."
+    from imgcls_nb.train import image_learner
     architecture, size = _architecture(run, data, args, screen)
     with stage(run, 'prepare'), screen.bar('prepare') as progress:
         pretrained = False if args.from_scratch else None
@@ -206,17 +217,26 @@ def _train(run: Run, data, args: argparse.Namespace, screen: Screen):
     learn.remove_cbs([cb for cb in learn.cbs if cb.__class__.__name__ == 'ProgressCallback'])
     if args.pretrain: _pretrain(run, learn, screen)
     learn.logger, learn.recipe['mix'] = (lambda row: None), args.mix
-    _announce(run, learn, args.epochs or default_epochs(learn), screen)
-    watch = Watch()
+    return learn
+
+
+def _fit(run: Run, learn, args: argparse.Namespace, screen: Screen) -> None:
+    "Say how long it will take, and train; of a training that has ended only the weights are read."
+    from imgcls_nb.augment import mixing
+    from imgcls_nb.diagnose import Watch
+    from imgcls_nb.train import EpochLog, ReportProgress, default_epochs, train
+    watch, ended = Watch(), 'train' in run.record.get('stage_seconds', {})
     callbacks = EpochLog(run.log), watch, *mixing(args.mix)
+    if not ended: _announce(run, learn, args.epochs or default_epochs(learn), screen)
     try:
-        with stage(run, 'train'), screen.bar('train') as progress:
+        with (contextlib.nullcontext() if ended else stage(run, 'train'),
+              screen.bar('weights' if ended else 'train') as progress):
             train(learn, args.epochs, args.learning_rate, (*callbacks, ReportProgress(progress)),
                   resume=run.checkpoint)
     finally:  # above all a training that broke off is worth a diagnosis
         save_record(run, recipe=learn.recipe)
         write_json(run.diagnostics, watch.record)
-    return learn
+
 
 # %% ../nbs/21_cli.ipynb #3a9157c1
 def _architecture(run: Run, data, args: argparse.Namespace, screen: Screen) -> tuple[str | None, int | None]:
@@ -258,13 +278,30 @@ def _minutes(seconds: float) -> str:
     return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} minutes'
 
 # %% ../nbs/21_cli.ipynb #5bfa8f8c
-def _prove(run: Run, data, learn, task, precision: float | None, screen: Screen) -> dict:
+def _prove(run: Run, data, learn, args: argparse.Namespace, screen: Screen) -> dict:
     "Evaluate, calibrate, export, compress and report; the run's summary."
-    import numpy as np
-    from imgcls_nb.calibrate import calibrate, calibration_sections, network_outputs
     from imgcls_nb.compress import compress
-    from imgcls_nb.evaluate import evaluate
     from imgcls_nb.export import export
+    task = _task(data, args)
+    raw, calibration, report = _measure(run, data, learn, args.precision, screen)
+    with stage(run, 'export'), screen.bar('export'):
+        bundle = export(learn, raw, run.bundle, task, calibration)
+    with stage(run, 'compress'), screen.bar('compress'): compression = compress(bundle, data)
+    _report(run, learn, report, calibration, screen, _runtime_section(compression))
+    return _summary(run, report, compression, task)
+
+
+def _task(data, args: argparse.Namespace):
+    "What was asked for (chapter 00)."
+    from imgcls_nb.task import Task
+    return Task(data.classes, args.metric, args.target, args.latency_ms, args.size_mb)
+
+
+def _measure(run: Run, data, learn, precision: float | None, screen: Screen):
+    "The evaluation as the network gives it, the calibration, and the evaluation after it."
+    import numpy as np
+    from imgcls_nb.calibrate import calibrate
+    from imgcls_nb.evaluate import evaluate
     with stage(run, 'evaluate'), screen.bar('evaluate'):
         raw, calibration = evaluate(learn), calibrate(learn, precision)
         report = calibration.report(raw)
@@ -272,13 +309,8 @@ def _prove(run: Run, data, learn, task, precision: float | None, screen: Screen)
             np.savez_compressed(file, rows=report.rows, targets=report.targets,
                                 probabilities=report.probabilities, classes=np.array(data.classes))
         write_json(run.metrics, {name: asdict(estimate) for name, estimate in report.metrics.items()})
-    with stage(run, 'export'), screen.bar('export'):
-        bundle = export(learn, raw, run.bundle, task, calibration)
-    with stage(run, 'compress'), screen.bar('compress'): compression = compress(bundle, data)
-    with stage(run, 'report'), screen.bar('report'):
-        more = [*calibration_sections(calibration, network_outputs(learn)), *_insight_sections(report, learn)]
-        _write_report(run, report, compression, more)
-    return _summary(run, report, compression, task)
+    return raw, calibration, report
+
 
 # %% ../nbs/21_cli.ipynb #ae815142
 RUNTIME_HEADING = ['runtime', 'size, MB', 'test accuracy', '95% interval', 'largest difference', 'ms, median',
@@ -296,16 +328,26 @@ def _runtime_rows(compression) -> list[list[str]]:
             for name, r in runtimes.items()]
 
 
-def _write_report(run: Run, report, compression, more: list[tuple[str, str]]) -> None:
-    "`report.html`: the report with more sections, and the table of runtimes, in it."
+def _runtime_section(compression) -> tuple[str, str]:
+    "A section of the report: what each file of the bundle was measured to do."
     import pandas as pd
-    from imgcls_nb.evaluate import report_html, table_html
+    from imgcls_nb.evaluate import table_html
+    record = compression.bundle.record
     table = pd.DataFrame(_runtime_rows(compression), columns=RUNTIME_HEADING).set_index('runtime')
-    notes = ''.join(f'<p>{note}</p>' for note in compression.bundle.record.notes)
-    hardware = compression.bundle.record.machine
-    notes += f'<p class="note">Measured on {hardware["processor"]}, {hardware["cores"]} cores.</p>'
-    sections = [*more, ('Runtimes', table_html(table) + notes)]
-    write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
+    notes = ''.join(f'<p>{note}</p>' for note in record.notes)
+    notes += f'<p class="note">Measured on {record.machine["processor"]}, {record.machine["cores"]} cores.</p>'
+    return 'Runtimes', table_html(table) + notes
+
+
+def _report(run: Run, learn, report, calibration, screen: Screen, *more: tuple[str, str]) -> None:
+    "`report.html`: the evaluation with everything that is known about it, and more sections after that."
+    import pandas as pd
+    from imgcls_nb.calibrate import calibration_sections, network_outputs
+    from imgcls_nb.evaluate import report_html
+    with stage(run, 'report'), screen.bar('report'):
+        sections = [*calibration_sections(calibration, network_outputs(learn)), *_insight_sections(report, learn)]
+        write_text(run.report, report_html(report, pd.read_csv(run.log), [*sections, *more]))
+
 
 # %% ../nbs/21_cli.ipynb #insight1
 def _insight_sections(report, learn) -> list[tuple[str, str]]:
@@ -357,11 +399,16 @@ def _print_doubts(summary: dict) -> None:
     if fitted['refusal']: print(fitted['refusal'])
 
 
+def _print_metrics(metrics: dict[str, dict], images: int) -> None:
+    "Each metric with its interval."
+    rows = [[name.replace('_', ' '), f'{m["value"]:.4f}', f'{m["low"]:.4f} to {m["high"]:.4f}']
+            for name, m in metrics.items()]
+    print_table(rows, ['metric', 'value', '95% interval'], f'On {images} test images')
+
+
 def _print_summary(run: Run, summary: dict) -> None:
     "The table a person reads, and what to type next."
-    rows = [[name.replace('_', ' '), f'{m["value"]:.4f}', f'{m["low"]:.4f} to {m["high"]:.4f}']
-            for name, m in summary['metrics'].items()]
-    print_table(rows, ['metric', 'value', '95% interval'], f'On {summary["test_images"]} test images')
+    _print_metrics(summary['metrics'], summary['test_images'])
     print_table(summary['runtime_table'], RUNTIME_HEADING, 'Runtimes, measured on this machine')
     if summary['requirements']:
         print_table([[r['name'], f'{r["required"]:g}', f'{r["measured"]:.4g}', 'yes' if r['met'] else 'NO']
@@ -369,6 +416,72 @@ def _print_summary(run: Run, summary: dict) -> None:
     _print_doubts(summary)
     print(f'Report: {summary["report"]}   ({summary["seconds"]:.0f} s in all)')
     print(f'Next:   imgcls serve {shlex.quote(summary["bundle"])}')
+
+# %% ../nbs/21_cli.ipynb #28738c74
+def train_command(args: argparse.Namespace) -> int:
+    "`imgcls train SOURCE`: check, split and train; the next steps work on the run's folder."
+    screen = Screen(quiet=args.json)
+    run, data = _begin(args)
+    with recording(run):
+        data = _prepare(run, data, args, screen)
+        _fit(run, _new_learner(run, data, args, screen), args, screen)
+    _print_training(run, args.json)
+    return 0
+
+
+def _print_training(run: Run, as_json: bool) -> None:
+    "The epochs as they went, and what to type next."
+    import pandas as pd
+    log = pd.read_csv(run.log)
+    if as_json: return print(json.dumps(dict(run=str(run.folder), epochs=len(log), **log.iloc[-1].to_dict())))
+    rows = [[f'{int(row["epoch"])}', *(f'{value:.4f}' for value in row.iloc[1:])] for _, row in log.iterrows()]
+    print_table(rows, [name.replace('_', ' ') for name in log.columns], f'{run.folder}, on validation images')
+    print(f'Next:   imgcls evaluate {shlex.quote(str(run.folder))}')
+
+# %% ../nbs/21_cli.ipynb #2a4081ac
+def _trained(folder: str, screen: Screen):
+    "A run whose training has ended: the run, its images and options, and the learner with its weights."
+    run = open_run(folder)
+    if 'train' not in run.record.get('stage_seconds', {}):
+        raise InputError(f'The training of {run.folder} has not ended. '
+                         f'Go on with: imgcls train --resume {shlex.quote(str(run.folder))}')
+    if not run.checkpoint.is_dir(): raise InputError(f'{run.folder} holds no checkpoint any more: train it again.')
+    options = _begun_with(run)
+    data = _prepare(run, _load(options), options, screen)
+    learn = _new_learner(run, data, options, screen)
+    _fit(run, learn, options, screen)
+    return run, data, options, learn
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    "`imgcls evaluate RUN`: what a trained network is worth on the test images, and the report."
+    screen = Screen(quiet=args.json)
+    run, data, options, learn = _trained(args.run, screen)
+    with recording(run):
+        _, calibration, report = _measure(run, data, learn, options.precision, screen)
+        _report(run, learn, report, calibration, screen)
+    metrics = {name: asdict(estimate) for name, estimate in report.metrics.items()}
+    found = dict(run=str(run.folder), test_images=len(report.targets), metrics=metrics, report=str(run.report))
+    if args.json: print(json.dumps(found))
+    else:
+        _print_metrics(metrics, len(report.targets))
+        print(f'Report: {run.report}\nNext:   imgcls export {shlex.quote(str(run.folder))}')
+    return 0
+
+
+def _has_no_bundle(folder: str) -> bool:
+    "Whether it is a run that has none yet."
+    return os.path.isfile(os.path.join(folder, 'run.json')) and not os.path.isdir(os.path.join(folder, 'bundle'))
+
+
+def _write_bundle_of(folder: str, screen: Screen) -> None:
+    "Write the bundle of a trained run."
+    from imgcls_nb.calibrate import calibrate
+    from imgcls_nb.evaluate import evaluate
+    from imgcls_nb.export import export
+    run, data, options, learn = _trained(folder, screen)
+    with recording(run), stage(run, 'export'), screen.bar('export'):
+        export(learn, evaluate(learn), run.bundle, _task(data, options), calibrate(learn, options.precision))
 
 # %% ../nbs/21_cli.ipynb #62213741
 LABEL_NETWORK, LABEL_SIZE = 'tf_efficientnet_lite0', 128  # what judges labels, and pixels a side
@@ -470,10 +583,12 @@ def export_command(args: argparse.Namespace) -> int:
         raise InputError('Name one of these: a run or a bundle, --zoo NAME, or --weights FILE '
                          '(imgcls export --help).')
     if not args.source and not args.out: raise InputError('Say with --out FOLDER where the bundle will be.')
-    if args.source and not formats:
+    new = bool(args.source) and _has_no_bundle(args.source)
+    if args.source and not formats and not new:
         raise InputError('A run and a bundle hold an ONNX file already: say with --to what else, such as '
                          'openvino.')
-    with screen.bar('export'):
+    if new: _write_bundle_of(args.source, screen)
+    with screen.bar('images' if new else 'export'):
         bundle, pixels, targets = (_zoo if args.zoo else _own_weights if args.weights else _exported)(args)
     if formats: bundle = _more_formats(bundle, formats, pixels, targets, screen)
     _print_export(bundle, args.json)
@@ -780,6 +895,30 @@ def _add_run(commands) -> None:
     examples = 'examples:\n  imgcls run digits\n  imgcls run photos --epochs 5 --target 0.95 --strict'
     p = commands.add_parser('run', help='check, split, train, evaluate, calibrate, export, compress, report',
                             formatter_class=_Format, epilog=examples)
+    _add_training(p)
+    p.set_defaults(command=run_command)
+
+
+def _add_train(commands) -> None:
+    "Options of `imgcls train`: those of `imgcls run`, for the steps that follow need them."
+    p = commands.add_parser('train', help='check, split and train, and no more', formatter_class=_Format,
+                            epilog='examples:\n  imgcls train photos --name first\n'
+                                   '  imgcls train photos --pretrain simclr')
+    _add_training(p)
+    p.set_defaults(command=train_command)
+
+
+def _add_evaluate(commands) -> None:
+    "Options of `imgcls evaluate`."
+    p = commands.add_parser('evaluate', help='what a trained network is worth, and the report',
+                            formatter_class=_Format, epilog='example:\n  imgcls evaluate runs/photos')
+    p.add_argument('run', help="a run's folder")
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=evaluate_command)
+
+
+def _add_training(p: argparse.ArgumentParser) -> None:
+    "What to train with, and how."
     _add_source(p, nargs='?')
     p.add_argument('--resume', metavar='RUN', help='go on with a run that was cut off, with its own options')
     p.add_argument('--arch', help='small_cnn, any timm model, or search (default: chosen for the data)')
@@ -798,7 +937,7 @@ def _add_run(commands) -> None:
                    help='for rare classes: none, weights, effective, sampler, oversample, smote or focal')
     p.add_argument('--seed', type=int, default=0, help='of the split, the weights and the order')
     _add_result(p)
-    p.set_defaults(command=run_command)
+
 
 # %% ../nbs/21_cli.ipynb #8d344273
 def _add_result(p: argparse.ArgumentParser) -> None:
@@ -942,7 +1081,9 @@ def _run_and_bundle(source: str) -> tuple[Run | None, Path]:
     "The run that a source is or lies in, if any, and the folder of its bundle."
     folder = Path(source)
     for place, bundle in ((folder, folder/'bundle'), (folder.parent, folder)):
-        if bundle.name == 'bundle' and (place/'run.json').is_file(): return open_run(place), bundle
+        if bundle.name == 'bundle' and (place/'run.json').is_file():
+            if bundle.is_dir(): return open_run(place), bundle
+            raise InputError(f'{place} has no bundle yet: imgcls export {shlex.quote(str(place))} writes it.')
     return None, folder
 
 
@@ -1089,8 +1230,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--version', action='version', version=f'imgcls_nb {__version__}')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    for add in (_add_run, _add_data, _add_models, _add_compare, _add_doctor, _add_export, _add_compress,
-                _add_predict, _add_serve, _add_edge, _add_space):
+    for add in (_add_run, _add_train, _add_evaluate, _add_data, _add_models, _add_compare, _add_doctor,
+                _add_export, _add_compress, _add_predict, _add_serve, _add_edge, _add_space):
         add(commands)
     return parser
 

@@ -214,16 +214,23 @@ def test_photographs_are_fine_tuned(photo_folder, tmp_path):
     assert record['runtimes']['onnx']['parity']['max_difference'] <= 1e-4
 
 
+def kill_after_an_epoch(run: Path, *command: str) -> None:
+    "Start `imgcls` beside the folder `runs`, and kill it as soon as the run has a checkpoint."
+    process = subprocess.Popen([IMGCLS, *command], cwd=run.parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, **OFFLINE})
+    try:
+        while process.poll() is None and not (run/'checkpoint').exists(): time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     options = ['run', 'digits', '--epochs', '6', '--mix', 'mixup', '--json']
     whole = imgcls(*options, '--runs', tmp_path/'whole', cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen([IMGCLS, *options], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, **OFFLINE})
     run = tmp_path/'runs'/'digits'
-    while process.poll() is None and not (run/'checkpoint').exists(): time.sleep(0.02)
-    process.kill()
-    process.wait()
+    kill_after_an_epoch(run, *options)
     assert not (run/'bundle').exists(), 'the run ended before it could be killed'
     resumed = imgcls('run', '--resume', run, '--json', cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -237,16 +244,41 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
 
 def test_a_run_goes_on_with_its_own_images_alone(photo_folder, tmp_path):
     shutil.copytree(photo_folder, tmp_path/'photos')
-    process = subprocess.Popen([IMGCLS, 'run', 'photos', '--arch', 'small_cnn', '--size', '32', '--epochs', '400'], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **OFFLINE})
     run = tmp_path/'runs'/'photos'
-    try:
-        while process.poll() is None and not (run/'checkpoint').exists(): time.sleep(0.05)
-    finally:
-        process.kill()
-        process.wait()
+    kill_after_an_epoch(run, 'run', 'photos', '--arch', 'small_cnn', '--size', '32', '--epochs', '400')
     used = next(row['image'] for row in csv.DictReader((run/'items.csv').open(encoding='utf-8')) if row['split'])
     (tmp_path/'photos'/used).unlink()
     assert_sentence(imgcls('run', '--resume', run, cwd=tmp_path), 'have changed')
     assert_sentence(imgcls('run', '--resume', tmp_path/'photos', cwd=tmp_path), 'not a run')
     assert_sentence(imgcls('run', cwd=tmp_path), 'Name a source')
+
+
+def test_step_by_step_is_the_same_as_all_at_once(photo_run, photo_folder):
+    folder, whole = photo_run['folder'], Path(photo_run['folder'], photo_run['run'])
+    trained = imgcls('train', photo_folder, '--arch', 'small_cnn', '--epochs', '3', '--name', 'steps', '--json', cwd=folder)
+    steps = folder/'runs'/'steps'
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)['epochs'] == 3 and not (steps/'metrics.json').exists()
+    assert_sentence(imgcls('compress', steps, cwd=folder), 'imgcls export')
+    seconds, watched = json.loads((steps/'run.json').read_text())['stage_seconds']['train'], (steps/'diagnostics.json').read_bytes()
+
+    evaluated = imgcls('evaluate', steps, '--json', cwd=folder)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)['metrics'] == photo_run['metrics']
+    assert (steps/'report.html').exists() and not (steps/'bundle').exists()
+    assert json.loads((steps/'run.json').read_text())['stage_seconds']['train'] == seconds  # nothing is trained again
+    assert (steps/'diagnostics.json').read_bytes() == watched
+
+    exported = imgcls('export', steps, '--json', cwd=folder)
+    assert exported.returncode == 0, exported.stderr
+    assert list(json.loads(exported.stdout)['runtimes']) == ['onnx']
+    weights = [(each/'bundle'/'model.safetensors').read_bytes() for each in (steps, whole)]
+    assert weights[0] == weights[1]
+    assert_sentence(imgcls('train', '--resume', steps, cwd=folder), 'is finished')
+    assert_sentence(imgcls('evaluate', folder, cwd=folder), 'not a run')
+
+
+def test_a_training_that_was_cut_off_is_not_evaluated(tmp_path):
+    run = tmp_path/'runs'/'digits'
+    kill_after_an_epoch(run, 'train', 'digits', '--arch', 'simple_cnn', '--epochs', '200')
+    assert_sentence(imgcls('evaluate', run, cwd=tmp_path), 'imgcls train --resume')

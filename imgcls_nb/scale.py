@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -352,10 +353,17 @@ def _run_ray(job: dict, todo: Iterator[tuple[int, int, int]], processes: int) ->
     shards = ray.data.from_items(tasks, override_num_blocks=min(len(tasks), 2000))
     pool = ray.data.ActorPoolStrategy(size=min(processes, len(tasks)))
     done = shards.map_batches(_RayWorker, batch_size=1, compute=pool, num_cpus=1, fn_constructor_args=(job,))
-    try: yield from (row['rows'] for row in done.iter_rows())
-    except ray.exceptions.RayError as error:
-        raise ImgclsError(f'Ray gave up: {str(error).strip().splitlines()[-1]} The same command goes on with '
-                          'what is missing.') from error
+    with _ray_in_words(): yield from (row['rows'] for row in done.iter_rows())
+
+
+@contextmanager
+def _ray_in_words() -> Iterator[None]:
+    "The last line of Ray's report in place of all of it."
+    from ray.exceptions import RayError
+    try: yield
+    except RayError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise ImgclsError(f'Ray gave up: {last} Started again, it goes on with what is missing.') from error
 
 # %% ../nbs/11g_scale.ipynb #5ca1e035
 def start_ray(

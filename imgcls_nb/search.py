@@ -46,7 +46,7 @@ from .image import Preprocessing
 from .models import BY_HAND, OWN_SIZES, counted_cost, pareto_front
 from .run import ImgclsError, InputError, write_json
 from .runtimes import measure_latency, open_session, run_session
-from .scale import start_ray
+from .scale import _ray_in_words, start_ray
 from .train import image_learner, train
 
 # %% ../nbs/14_search.ipynb #14000020
@@ -485,10 +485,7 @@ def _work_with_ray(job: _Job, workers: int) -> None:
     start_ray(workers)
     import ray
     work = ray.remote(num_cpus=1)(_work)
-    try: ray.get([work.remote(job, worker) for worker in range(workers)])
-    except ray.exceptions.RayError as error:
-        raise ImgclsError(f'Ray gave up: {str(error).strip().splitlines()[-1]} The same call goes on with '
-                          'what is missing.') from error
+    with _ray_in_words(): ray.get([work.remote(job, worker) for worker in range(workers)])
 
 # %% ../nbs/14_search.ipynb #14000060
 @dataclass(repr=False)

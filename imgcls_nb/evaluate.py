@@ -802,7 +802,7 @@ h1 {{ font-size: 1.7rem; line-height: 1.2 }} h2 {{ font-size: 1.2rem; margin-top
 img {{ max-width: 100%; height: auto }} .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #d9dde2 }}
-th:first-child, td:first-child {{ text-align: left }}
+th:first-child, td:first-child, .words th, .words td {{ text-align: left }}
 .figures td:last-child {{ white-space: nowrap; vertical-align: top }} .note {{ color: #57606a }}
 .figures .note {{ font-size: .9rem }}
 @media print {{ body {{ font-size: 10pt; margin: 0 }} h2 {{ break-after: avoid }}
@@ -924,4 +924,5 @@ def _set_aside_html(data: ImageSet) -> str:
     "What was left out of the table, and why."
     if not data.set_aside: return '<p class="note">Nothing was set aside.</p>'
     table = pd.DataFrame([finding.as_dict() for finding in data.set_aside]).set_index('kind')
-    return f'<p>{len(table)} files were set aside:</p>{table_html(table)}'
+    count = '1 file was' if len(table) == 1 else f'{len(table)} files were'
+    return f'<p>{count} set aside:</p><div class="words">{table_html(table)}</div>'

@@ -19,7 +19,8 @@ from scipy.stats import binomtest, norm
 from sklearn.model_selection import StratifiedGroupKFold
 
 from .data import ImageSet, Progress, _units
-from .evaluate import Estimate, confusion_matrix, f1_macro, predict_probabilities
+from .evaluate import (Estimate, _losses, confusion_matrix, f1_macro, mean_interval,
+                               predict_probabilities)
 from .run import InputError, Run, open_run
 from .train import image_learner, train
 
@@ -101,7 +102,7 @@ def compare_predictions(
                          f'{np.shape(first)} and {np.shape(second)}.')
     answers = [np.asarray(p).argmax(1) for p in (first, second)]
     right, count = [answer == targets for answer in answers], np.shape(first)[1]
-    losses = [-np.log(np.clip(p[np.arange(len(targets)), targets], 1e-15, 1)) for p in (first, second)]
+    losses = [_losses(targets, np.asarray(p)) for p in (first, second)]
     units = np.arange(len(targets)) if groups is None else pd.factorize(groups)[0]
 
     def difference(metric):
@@ -113,7 +114,7 @@ def compare_predictions(
     accuracy = (paired_interval(only_first, only_second, len(targets)) if groups is None
                 else difference(lambda i, rows: right[i][rows].mean()))
     return Comparison(both, only_first, only_second, len(targets) - both - disagree, accuracy, difference(f1),
-                      difference(lambda i, rows: losses[i][rows].mean()),
+                      mean_interval(losses[1] - losses[0], groups, repeats),
                       float(binomtest(only_second, disagree).pvalue) if disagree else 1.0)
 
 # %% ../nbs/07a_compare.ipynb #4605dcc2

@@ -1,4 +1,4 @@
-"""Quantisation: a quarter of the size, and only kept if it stays as good
+"""Quantisation: up to four times smaller, and only kept if it stays as good
 
 Docs: https://imgcls.github.io/imgcls_nb/quantize.html.md"""
 

@@ -175,7 +175,7 @@ def _new_points(features, targets, target: int, total: int, neighbours: int, see
 BALANCE = dict(
     none='every image counts once',
     weights='the loss of an image counts more the rarer its class (inverse frequency)',
-    effective='the same by the effective number of images (Cui et al., 2019), which is milder',
+    effective='the same by the effective number of images (Cui et al., 2019), milder for large classes',
     sampler='images are drawn at random, all classes equally often',
     oversample='images of the smaller classes are repeated until all classes are equally large',
     smote='the head is fitted on features, with new points between those of the smaller classes',

@@ -134,11 +134,14 @@ def _check_options(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace):
     "The table of images that the arguments name, with the edits made by hand."
     from imgcls_nb.sources import load_images
-    data = load_images(args.source, args.images, args.pattern)
-    if not args.edits: return data
-    from imgcls_nb.labelling import EditLog
+    if not args.edits: return load_images(args.source, args.images, args.pattern)
+    from imgcls_nb.labelling import EditLog, only_labelled, unlabelled
     if not os.path.isfile(args.edits): raise InputError(f'There is no log of edits at {args.edits}.')
-    return EditLog(args.edits).apply(data)
+    log = EditLog(args.edits)
+    try: return log.apply(load_images(args.source, args.images, args.pattern))
+    except InputError:
+        if not os.path.isdir(args.source) or args.pattern: raise
+        return only_labelled(log.apply(unlabelled(args.source)))
 
 # %% ../nbs/21_cli.ipynb #30fa363a
 def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):

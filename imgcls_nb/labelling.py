@@ -467,7 +467,7 @@ def only_labelled(
 ) -> ImageSet:  # ready for `split`
     "The images that have a label; the others are reported in `set_aside`."
     bare = (data.items['label'] == '').to_numpy()
-    findings = [Finding('unlabelled', str(image), 'has no label yet', 'label it')
+    findings = [Finding('no_label', str(image), 'has no label yet', 'label it')
                 for image in data.items['image'][bare]]
     return replace(data, items=data.items[~bare].reset_index(drop=True),
                    set_aside=[*data.set_aside, *findings])

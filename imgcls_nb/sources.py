@@ -843,10 +843,10 @@ def from_pattern(
                     facts=dict(source=root.resolve().name))
 
 # %% ../nbs/02b_sources.ipynb #41055f10
-def _open_npy(path: Path) -> np.ndarray:
+def _open_npy(path: Path, holds: str) -> np.ndarray:
     "An array in a file, mapped, not read."
     try: return np.load(path, mmap_mode='r', allow_pickle=False)
-    except FileNotFoundError: raise InputError(f'{path} is missing: one label for each image.') from None
+    except FileNotFoundError: raise InputError(f'{path} is missing: it has to hold {holds}.') from None
     except OSError as error: raise InputError(f'{path} cannot be read: {error.strerror or error}.') from error
     except (ValueError, EOFError) as error:
         raise InputError(f'{path} is no whole .npy file of numbers or text ({str(error)[:200]}).') from error
@@ -859,10 +859,10 @@ def from_npy(
     "Images in a `.npy` file, which stay in that file until a row is asked for."
     path = Path(os.path.expanduser(path))
     labels = Path(os.path.expanduser(labels)) if labels else path.with_name(f'{path.stem}_labels.npy')
-    values = _open_npy(labels)
+    values = _open_npy(labels, 'one label for each image')
     if values.ndim != 1: raise InputError(f'{labels} has the shape {list(values.shape)}; labels are [N].')
     values = [_text(value) for value in values.tolist()]
-    return from_arrays(_open_npy(path), values, name=path.stem, source=path.name)
+    return from_arrays(_open_npy(path, 'the images'), values, name=path.stem, source=path.name)
 
 # %% ../nbs/02b_sources.ipynb #a3a90077
 class HubImages:

@@ -241,7 +241,7 @@ def test_unlabelled_lists_everything_and_reports_the_rest(folder):
     (folder/'.hidden.png').write_bytes(b'x')
     data = unlabelled(folder)
     assert len(data) == 11 and data.classes == () and [f.image for f in data.set_aside] == ['notes.txt']
-    assert [f.kind for f in only_labelled(data).set_aside] == ['not_an_image'] + ['unlabelled'] * 11
+    assert [f.kind for f in only_labelled(data).set_aside] == ['not_an_image'] + ['no_label'] * 11
     for wrong in (folder/'0.png', folder/'nowhere'):
         with pytest.raises(InputError, match='is not a folder'): unlabelled(wrong)
     (folder/'empty').mkdir()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,15 @@ def test_data_takes_labels_from_names_from_a_table_and_from_a_log(tmp_path):
     edited = {row['image']: row['label'] for row in csv.DictReader((tmp_path/'edited.csv').open(encoding='utf-8'))}
     assert edited['dog_1.png'] == 'puppy' and edited['dog_2.png'] == 'dog' and edited['猫_0.png'] == '猫'
     assert_sentence(imgcls('data', 'my photos', '--pattern', '(', cwd=tmp_path), 'no regular expression')
+
+    bare = EditLog(tmp_path/'bare.jsonl')  # a folder without class folders: all labels come from the log
+    for name in ('猫_0.png', '猫_1.png', 'dog_0.png', 'dog_1.png'): bare.label(name, name.split('_')[0])
+    assert_sentence(imgcls('data', 'my photos', cwd=tmp_path), 'no images in class folders')
+    result = imgcls('data', 'my photos', '--edits', 'bare.jsonl', '--out', 'bare.csv', '--json', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path/'bare.csv').open(encoding='utf-8')))
+    assert Counter(row['label'] for row in rows if row['label']) == {'猫': 2, 'dog': 2}
+    assert len(rows) == 8
 
 
 def test_data_has_nothing_against_digits():

@@ -22,7 +22,7 @@ from pathlib import Path
 
 # %% ../nbs/20_run.ipynb #e857abeb
 class ImgclsError(Exception):
-    "Something a person can mend; the message is one sentence that says what, where, and what to do."
+    "Something a person can fix; the message is one sentence that says what, where, and what to do."
     exit_code = 1  # what the command line ends with
 
 

@@ -277,10 +277,12 @@ def _decisions_table(record: BundleRecord) -> list[str]:
 
 def _doubts(record: BundleRecord) -> list[str]:
     "When the classifier says that it is not sure."
-    if record.calibration is None: return ['Never: no calibration was fitted.']
-    decisions = [runtime.decision for runtime in record.runtimes.values()]
-    familiarity = any(d is not None and d.familiarity is not None for d in decisions)
-    return [*_calibration_facts(record.calibration, familiarity), '', *_decisions_table(record)]
+    decisions = [found for runtime in record.runtimes.values() if (found := runtime.decision) is not None]
+    familiarity = any(decision.familiarity is not None for decision in decisions)
+    if record.calibration is not None: facts = _calibration_facts(record.calibration, familiarity)
+    elif decisions: facts = ['No calibration was fitted: the thresholds come from somewhere else.']
+    else: return ['Never: no calibration was fitted.']
+    return [*facts, '', *_decisions_table(record)]
 
 # %% ../nbs/08_bundle.ipynb #f59600cc
 def _card_body(record: BundleRecord) -> str:

@@ -105,7 +105,7 @@ def _check_classes(self: Distillation) -> None:
     student = list(self.dls.vocab)
     if self.classes not in (None, student):
         known, asked = [', '.join(map(str, classes)) for classes in (self.classes, student)]
-        raise InputError(f'The teacher knows the classes {known}, and the student shall learn {asked}: '
+        raise InputError(f'The teacher knows the classes {known}, and the student is to learn {asked}: '
                          'they must be the same, in this order.')
 
 # %% ../nbs/10b_distill.ipynb #b1000026

@@ -19,7 +19,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -119,7 +119,7 @@ class PixelsToFamiliarity(PixelsToProbabilities):
 
 
 def _whole(model: nn.Module, p: Preprocessing, calibration: Calibration | None) -> PixelsToProbabilities:
-    "A copy of the network, on the CPU, from pixels to all that the graph shall give."
+    "A copy of the network, on the CPU, from pixels to all that the graph is to give."
     temperature = calibration.temperature if calibration else 1.0
     if calibration is None or calibration.familiarity is None:
         return PixelsToProbabilities(deepcopy(model).cpu().float(), p, temperature).eval()
@@ -207,23 +207,33 @@ def prove(
                       f'class on {parity.images - parity.same_class}. No bundle was written.')
 
 
+def _equally_familiar(expected: np.ndarray, found: np.ndarray) -> bool:
+    "Whether two models find the same images as familiar, as far as rounding lets them."
+    return np.allclose(found, expected, rtol=1e-3, atol=1e-2)
+
+
 def _prove_familiarity(whole: PixelsToProbabilities, pixels: np.ndarray, found: np.ndarray) -> None:
     "Raise `ExportError` unless the graph finds the images as familiar as the trained model does."
     expected = _run_whole(whole, pixels)[1]
-    if np.allclose(found, expected, rtol=1e-3, atol=1e-2): return
+    if _equally_familiar(expected, found): return
     raise ExportError(f'The exported model finds {len(pixels)} held-out images more or less familiar than '
                       f'the trained one, by up to {np.abs(found - expected).max():.2g}. '
                       'No bundle was written.')
 
 # %% ../nbs/09_export.ipynb #ea900011
+def _tap(proto: onnx.ModelProto, names: Sequence[str]) -> Callable[[np.ndarray], list[np.ndarray]]:
+    "A function from pixels to these values, which an ONNX graph computes on its way."
+    copy = onnx.ModelProto.FromString(proto.SerializeToString())
+    del copy.graph.output[:]
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = open_session(copy.SerializeToString())
+    return lambda pixels: session.run(names, {'pixels': pixels})
+
+
 def _graph_values(data: bytes, pixels: np.ndarray) -> list[np.ndarray]:
     "Every number that an ONNX graph computes for some images, one array `[N, …]` for each of its values."
     proto = onnx.load_from_string(data)
-    types = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.value_info}
-    given = {port.name for port in proto.graph.output}
-    names = [name for node in proto.graph.node for name in node.output if name and name not in given]
-    proto.graph.output.extend(types.get(name, onnx.ValueInfoProto(name=name)) for name in names)
-    values = open_session(proto.SerializeToString()).run(None, {'pixels': pixels})
+    values = _tap(proto, [name for node in proto.graph.node for name in node.output if name])(pixels)
     return [v for v in values if v.dtype == np.float32 and v.ndim and len(v) == len(pixels)]
 
 
@@ -287,25 +297,25 @@ def prove_or_say_where(
     pixels: np.ndarray,  # the images that were compared, `uint8 [N, H, W, C]`
     tolerance: float = 1e-4,  # as for `prove`
 ) -> Parity:  # the same
-    "As `prove`; if it fails, the error also names the layer where the two part."
+    "As `prove`; if it fails, the error also names the layer where the two diverge."
     try: return prove(parity, tolerance)
     except ExportError as error: raise ExportError(f'{error} {_where(whole, data, pixels)}') from None
 
 
 def _where(whole: nn.Module, data: bytes, pixels: np.ndarray) -> str:
-    "The layer where graph and network part, in a sentence."
+    "The layer where graph and network diverge, in a sentence."
     found = run_outputs(open_session(data), pixels)['probabilities']
     expected = _run_whole(whole, pixels)[0]
     worst = np.nan_to_num(np.abs(found - expected), nan=1.0).max(1).argsort()[-8:]
     try: layers = layer_differences(whole, data, pixels[worst])
-    except Exception as error: return f'Where they part could not be found ({_reason(error)}).'
+    except Exception as error: return f'Where they diverge could not be found ({_reason(error)}).'
     for tolerance in (1e-4, 1e-5):
-        if part := first_difference(layers, tolerance):
-            absent = np.isnan(part.difference)
-            size = 'the graph has no such value' if absent else f'off by {part.difference:.2%}'
-            return f'They part at the layer {part.layer!r} ({part.kind}): {size}.'
-    return ('Layer by layer the graph repeats the network, so they part outside of it: other images, another '
-            'network, or an optimisation of the runtime.')
+        if first := first_difference(layers, tolerance):
+            absent = np.isnan(first.difference)
+            size = 'the graph has no such value' if absent else f'off by {first.difference:.2%}'
+            return f'They diverge at the layer {first.layer!r} ({first.kind}): {size}.'
+    return ('Layer by layer the graph repeats the network, so they diverge outside of it: other images, '
+            'another network, or an optimisation of the runtime.')
 
 
 def _run_whole(whole: nn.Module, pixels: np.ndarray) -> list[np.ndarray]:

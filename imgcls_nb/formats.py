@@ -20,8 +20,8 @@ from torch import nn
 
 from .bundle import Bundle, Decision, Runtime, add_runtime
 from .calibrate import Thresholds
-from .export import (ExportError, PixelsToProbabilities, _accuracy, _decision, _quiet, _reason,
-                              _run_whole, compare_probabilities, load_whole)
+from .export import (ExportError, PixelsToProbabilities, _accuracy, _decision, _equally_familiar,
+                              _quiet, _reason, _run_whole, compare_probabilities, load_whole)
 from .image import Preprocessing
 from .run import InputError
 from .runtimes import ENGINES, Engine, measure_latency, open_engine
@@ -106,7 +106,7 @@ def _same_familiarity(expected: dict, found: dict) -> bool:
     "Whether two runtimes find the images equally familiar; true where neither says."
     if 'familiarity' not in expected: return True
     if 'familiarity' not in found: return False
-    return np.allclose(expected['familiarity'], found['familiarity'], rtol=1e-3, atol=1e-2)
+    return _equally_familiar(expected['familiarity'], found['familiarity'])
 
 
 def _prove_format(name: str, wanted: Format, expected: dict, found: dict) -> None:

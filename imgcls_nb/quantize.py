@@ -34,6 +34,7 @@ from .runtimes import open_session, run_session
 from .compare import paired_interval
 from .data import ImageSet
 from .evaluate import Estimate
+from .export import _tap
 from .run import ImgclsError, InputError
 from .task import machine
 
@@ -185,22 +186,14 @@ def _fit_rows(rows: np.ndarray, covariance: np.ndarray, most: int) -> np.ndarray
     return fitted.reshape(groups, pieces, outputs, -1).swapaxes(1, 2).reshape(rows.shape)
 
 # %% ../nbs/10_quantize.ipynb #q1000003
-def _with_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> bytes:
-    "The graph with these values as its only outputs."
-    copy = onnx.ModelProto.FromString(proto.SerializeToString())
-    del copy.graph.output[:]
-    copy.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    return copy.SerializeToString()
-
-
 def _moments(proto: onnx.ModelProto, pixels: np.ndarray, most: int = 512, batch: int = 4) -> dict:
     "Mean `[G, I]` and covariance `[G, I, I]` of what each layer adds up, by name; long rows as in `_cut`."
     shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     layers, rng, sums = _layers(proto), np.random.default_rng(0), {}
     taps = list(dict.fromkeys(node.input[0] for node in layers))
-    session = open_session(_with_outputs(proto, taps))
+    see = _tap(proto, taps)
     for start in range(0, len(pixels), batch):
-        values = dict(zip(taps, session.run(taps, {'pixels': pixels[start:start + batch]})))
+        values = dict(zip(taps, see(pixels[start:start + batch])))
         for node in layers:
             x = _patches(node, values[node.input[0]], shapes[node.input[1]], rng, most)
             x = _cut(x.astype(np.float64), _pieces(x.shape[2]))

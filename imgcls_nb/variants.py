@@ -25,6 +25,7 @@ from matplotlib.ticker import LogLocator
 from .runtimes import open_session, run_session
 from .compare import paired_interval
 from .evaluate import Estimate, wilson_interval
+from .export import _tap
 from .models import pareto_front
 from .run import InputError
 
@@ -37,11 +38,8 @@ def _shapes(proto: onnx.ModelProto, image: np.ndarray) -> dict[str, tuple[int, .
     stored = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
     names = {name for node in proto.graph.node if node.op_type in _MULTIPLIERS
              for name in (*node.input[:2], node.output[0])}
-    wanted = sorted(names - set(stored) - {port.name for port in proto.graph.output})
-    seen = onnx.ModelProto.FromString(proto.SerializeToString())
-    seen.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-    session = open_session(seen.SerializeToString())
-    found = session.run(wanted, {'pixels': image}) if wanted else []
+    wanted = sorted(names - set(stored))
+    found = _tap(proto, wanted)(image) if wanted else []
     return stored | {name: value.shape for name, value in zip(wanted, found)}
 
 
@@ -154,7 +152,8 @@ class Variants:
     def __iter__(self): return iter(self.each)
     def __len__(self) -> int: return len(self.each)
     def __repr__(self) -> str: return self.table().to_string()
-    def _repr_html_(self) -> str: return self.table().to_html()
+    def _repr_html_(self) -> str:
+        return self.table().to_html().replace('<td>', '<td style="white-space: nowrap">')
 
 # %% ../nbs/09b_variants.ipynb #09b00028
 def _share(estimate: Estimate | None, signed: bool = False) -> str:

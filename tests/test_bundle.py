@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from conftest import ROOT
-from imgcls_nb.bundle import (FORMAT_VERSION, BundleRecord, Figure, Parity, Predictor, Runtime, add_runtime, bundle_schema,
-                              load_bundle, model_card, sha256, write_bundle)
+from imgcls_nb.bundle import (FORMAT_VERSION, BundleRecord, CalibrationRecord, Decision, Figure, Parity, Predictor, Runtime,
+                              add_runtime, bundle_schema, load_bundle, model_card, sha256, write_bundle)
 from imgcls_nb.run import InputError
 from imgcls_nb.runtimes import check_self_contained, open_engine, open_session
 
@@ -104,6 +104,17 @@ def test_no_labelled_images_no_accuracy(bundle):
     card = model_card(bundle.record)
     assert 'Nothing was measured' in card and '| – |' in card and 'model-index' not in card
     assert bundle.predictor().predict([])  == []
+
+
+def test_the_card_tells_of_every_threshold():
+    def section(**fields): return model_card(record(**fields)).partition('## When it says not sure')[2].partition('##')[0]
+    decision = Decision(probability=0.8, familiarity=None, promise=None, sure=Figure(value=0.9, low=0.8, high=1.0), precision=None)
+    fitted = CalibrationRecord(temperature=1.5, images=9, error_before=0.2, error_after=0.1, error_by_chance=0.1, turned_away=0.01)
+    runtimes = dict(onnx=runtime(), second=runtime(decision=decision))
+    assert section().strip() == 'Never: no calibration was fitted.'
+    assert 'Never' not in section(runtimes=runtimes) and '| second | 0.8000 |' in section(runtimes=runtimes)
+    both = section(runtimes=runtimes, calibration=fitted)
+    assert 'Temperature 1.5' in both and '| second | 0.8000 |' in both and 'No calibration' not in both
 
 
 def test_an_unknown_engine_is_one_sentence(bundle):

@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from imgcls_nb.bundle import load_bundle, prefer
 from imgcls_nb.cli import main
@@ -41,6 +42,16 @@ def test_the_graph_is_counted_as_pytorch_counts_the_network(architecture, channe
     network = create_model(architecture, 10, channels, (side, side)).eval()
     counted, cost = graph_cost(to_onnx(network, Preprocessing(side, side, channels))), model_cost(network, (channels, side, side), 1)
     assert counted['multiply_adds'] == cost.multiply_adds and 0.97 * cost.parameters < counted['parameters'] <= cost.parameters + 2 * channels  # mean and deviation
+
+
+def test_a_layer_that_gives_the_answer_itself_is_counted():
+    nodes = [helper.make_node('Cast', ['pixels'], ['values'], to=TensorProto.FLOAT), helper.make_node('Flatten', ['values'], ['rows']),
+             helper.make_node('MatMul', ['rows', 'weight'], ['probabilities'])]
+    graph = helper.make_graph(nodes, 'linear', [helper.make_tensor_value_info('pixels', TensorProto.UINT8, ['batch', 4, 4, 1])],
+                              [helper.make_tensor_value_info('probabilities', TensorProto.FLOAT, ['batch', 3])],
+                              [numpy_helper.from_array(np.ones((16, 3), np.float32), 'weight')])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    assert graph_cost(model.SerializeToString()) == dict(parameters=48, multiply_adds=48)
 
 
 def test_turns_time_every_call_and_skip_the_first():

@@ -112,7 +112,7 @@ def test_a_layer_that_differs_under_export_is_named(small, tmp_path):
     model, p, pixels, targets = small
     sly = load_weights(create_model('small_cnn', 10, 1, (16, 16)), model.state_dict()).eval()
     sly.features[4][2] = Sly().eval()
-    with pytest.raises(ExportError, match=r"part at the layer 'features\.4\.2' \(Sly\)"):
+    with pytest.raises(ExportError, match=r"diverge at the layer 'features\.4\.2' \(Sly\)"):
         export_module(sly, CLASSES, p, pixels, tmp_path/'b', targets)
     assert not (tmp_path/'b').exists()
     assert_no_leftovers(tmp_path)

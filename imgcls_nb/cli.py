@@ -338,7 +338,8 @@ def _runtime_section(compression) -> tuple[str, str]:
     record = compression.bundle.record
     table = pd.DataFrame(_runtime_rows(compression), columns=RUNTIME_HEADING).set_index('runtime')
     notes = ''.join(f'<p>{note}</p>' for note in record.notes)
-    notes += f'<p class="note">Measured on {record.machine["processor"]}, {record.machine["cores"]} cores.</p>'
+    where = f'{record.machine["processor"]}, {record.machine["cores"]} cores'
+    notes += f'<p class="note">Measured on {where}.</p>'
     return 'Runtimes', table_html(table) + notes
 
 
@@ -348,8 +349,9 @@ def _report(run: Run, learn, report, calibration, screen: Screen, *more: tuple[s
     from imgcls_nb.calibrate import calibration_sections, network_outputs
     from imgcls_nb.evaluate import report_html
     with stage(run, 'report'), screen.bar('report'):
-        sections = [*calibration_sections(calibration, network_outputs(learn)), *_insight_sections(report, learn)]
-        write_text(run.report, report_html(report, pd.read_csv(run.log), [*sections, *more]))
+        doubts = calibration_sections(calibration, network_outputs(learn))
+        sections = [*doubts, *_insight_sections(report, learn), *more]
+        write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
 
 
 # %% ../nbs/21_cli.ipynb #insight1
@@ -437,7 +439,8 @@ def _print_training(run: Run, as_json: bool) -> None:
     import pandas as pd
     log = pd.read_csv(run.log)
     if as_json: return print(json.dumps(dict(run=str(run.folder), epochs=len(log), **log.iloc[-1].to_dict())))
-    rows = [[f'{int(row["epoch"])}', *(f'{value:.4f}' for value in row.iloc[1:])] for _, row in log.iterrows()]
+    rows = [[f'{int(row["epoch"])}', *(f'{value:.4f}' for value in row.iloc[1:])]
+            for _, row in log.iterrows()]
     print_table(rows, [name.replace('_', ' ') for name in log.columns], f'{run.folder}, on validation images')
     print(f'Next:   imgcls evaluate {shlex.quote(str(run.folder))}')
 
@@ -448,14 +451,15 @@ def _trained(folder: str, screen: Screen):
     if 'train' not in run.record.get('stage_seconds', {}):
         raise InputError(f'The training of {run.folder} has not ended. '
                          f'Go on with: imgcls train --resume {shlex.quote(str(run.folder))}')
-    if not run.checkpoint.is_dir(): raise InputError(f'{run.folder} holds no checkpoint any more: train it again.')
+    if not run.checkpoint.is_dir():
+        raise InputError(f'{run.folder} holds no checkpoint any more: train it again.')
     options = _begun_with(run)
     data = _prepare(run, _load(options), options, screen)
     learn = _new_learner(run, data, options, screen)
     _fit(run, learn, options, screen)
     return run, data, options, learn
 
-
+# %% ../nbs/21_cli.ipynb #1e8ce80e
 def evaluate_command(args: argparse.Namespace) -> int:
     "`imgcls evaluate RUN`: what a trained network is worth on the test images, and the report."
     screen = Screen(quiet=args.json)
@@ -464,17 +468,18 @@ def evaluate_command(args: argparse.Namespace) -> int:
         _, calibration, report = _measure(run, data, learn, options.precision, screen)
         _report(run, learn, report, calibration, screen)
     metrics = {name: asdict(estimate) for name, estimate in report.metrics.items()}
-    found = dict(run=str(run.folder), test_images=len(report.targets), metrics=metrics, report=str(run.report))
+    found = dict(run=str(run.folder), test_images=len(report.targets), metrics=metrics,
+                 report=str(run.report))
     if args.json: print(json.dumps(found))
     else:
         _print_metrics(metrics, len(report.targets))
         print(f'Report: {run.report}\nNext:   imgcls export {shlex.quote(str(run.folder))}')
     return 0
 
-
+# %% ../nbs/21_cli.ipynb #cea89645
 def _has_no_bundle(folder: str) -> bool:
     "Whether it is a run that has none yet."
-    return os.path.isfile(os.path.join(folder, 'run.json')) and not os.path.isdir(os.path.join(folder, 'bundle'))
+    return Path(folder, 'run.json').is_file() and not Path(folder, 'bundle').is_dir()
 
 
 def _write_bundle_of(folder: str, screen: Screen) -> None:
@@ -919,7 +924,7 @@ def _add_evaluate(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=evaluate_command)
 
-
+# %% ../nbs/21_cli.ipynb #80312606
 def _add_training(p: argparse.ArgumentParser) -> None:
     "What to train with, and how."
     _add_source(p, nargs='?')
@@ -940,7 +945,6 @@ def _add_training(p: argparse.ArgumentParser) -> None:
                    help='for rare classes: none, weights, effective, sampler, oversample, smote or focal')
     p.add_argument('--seed', type=int, default=0, help='of the split, the weights and the order')
     _add_result(p)
-
 
 # %% ../nbs/21_cli.ipynb #8d344273
 def _add_result(p: argparse.ArgumentParser) -> None:

@@ -355,7 +355,7 @@ def _run_ray(job: dict, todo: Iterator[tuple[int, int, int]], processes: int) ->
     done = shards.map_batches(_RayWorker, batch_size=1, compute=pool, num_cpus=1, fn_constructor_args=(job,))
     with _ray_in_words(): yield from (row['rows'] for row in done.iter_rows())
 
-
+# %% ../nbs/11g_scale.ipynb #1a332188
 @contextmanager
 def _ray_in_words() -> Iterator[None]:
     "The last line of Ray's report in place of all of it."

@@ -342,7 +342,7 @@ def _runtime_section(compression) -> tuple[str, str]:
     notes += f'<p class="note">Measured on {where}.</p>'
     return 'Runtimes', table_html(table) + notes
 
-
+# %% ../nbs/21_cli.ipynb #c76e3a56
 def _report(run: Run, learn, report, calibration, screen: Screen, *more: tuple[str, str]) -> None:
     "`report.html`: the evaluation with everything that is known about it, and more sections after that."
     import pandas as pd
@@ -352,7 +352,6 @@ def _report(run: Run, learn, report, calibration, screen: Screen, *more: tuple[s
         doubts = calibration_sections(calibration, network_outputs(learn))
         sections = [*doubts, *_insight_sections(report, learn), *more]
         write_text(run.report, report_html(report, pd.read_csv(run.log), sections))
-
 
 # %% ../nbs/21_cli.ipynb #insight1
 def _insight_sections(report, learn) -> list[tuple[str, str]]:

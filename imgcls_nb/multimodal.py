@@ -381,7 +381,7 @@ class ZeroShot(ImageClassifier):
     names: tuple[str, ...]  # of the K classes
     space: JointSpace  # where pictures and names are compared
     rows: np.ndarray  # of the classifier, `float32 [K, D]`
-    chance: float  # how often unrelated names may pass
+    false_acceptance: float  # how often unrelated names may pass
     min_probability: float  # below it, the answer is not sure
     doubts: tuple[str, ...] = ()  # names that the text side can hardly read
 
@@ -407,7 +407,7 @@ def _zero_shot_answer(classifier: ZeroShot, row: np.ndarray, unrelated: float, t
     "Sort one image's probabilities, and say whether the best is sure."
     best = tuple((classifier.names[k], float(row[k])) for k in (-row).argsort(kind='stable')[:max(1, top)])
     reason = None
-    if not unrelated <= classifier.chance: reason = 'like none of the names'
+    if not unrelated <= classifier.false_acceptance: reason = 'like none of the names'
     elif not best[0][1] >= classifier.min_probability: reason = 'low probability'
     return Prediction(best[0][0], best[0][1], best, reason is None, reason)
 
@@ -443,7 +443,7 @@ def _repr_markdown_(self: ZeroShot) -> str:
     doubts = [f'- hardly readable for its text side, so expect nothing of: {", ".join(self.doubts)}']
     return '\n'.join([f'**{len(self.names):,} classes by name**', '', f'- {shown}', f'- {self.space.name}',
                       f'- "not sure" below a probability of {self.min_probability:.0%}, or where unrelated '
-                      f'names would fit as well in more than {self.chance:.0%} of cases',
+                      f'names would fit as well in more than {self.false_acceptance:.0%} of cases',
                       *(doubts if self.doubts else [])])
 
 # %% ../nbs/15_multimodal.ipynb #c1500020
@@ -457,7 +457,7 @@ def zero_shot(
     names: Sequence[str] | Mapping[str, str],  # in English: ['a cat', 'a dog']; or each with its definition
     engine: str | JointSpace = 'offline',  # 'offline', 'clip' (a download, once), or a space of your own
     templates: Sequence[str] | None = None,  # phrases with `{}` for the name; the engine's own by default
-    chance: float = 0.2,  # how often unrelated names may pass as sure
+    false_acceptance: float = 0.2,  # how often unrelated names may pass as sure
     min_probability: float = 0.5,  # below it, the answer is not sure
     progress: Progress | None = None,  # told how far the first call is; without it, a line on stderr says so
 ) -> ZeroShot:
@@ -465,7 +465,8 @@ def zero_shot(
     definitions = list(names.values()) if isinstance(names, Mapping) else []
     names = _checked_names(names)
     texts = _with_definitions(names, definitions)
-    chance, min_probability = _share(chance, 'chance'), _share(min_probability, 'min_probability')
+    false_acceptance = _share(false_acceptance, 'false_acceptance')
+    min_probability = _share(min_probability, 'min_probability')
     templates = None if templates is None else _checked_templates(templates)
     if engine == 'offline': engine = offline_space(progress)
     elif engine == 'clip': engine = clip_space(progress)
@@ -473,7 +474,7 @@ def zero_shot(
         raise InputError(f"No engine {str(engine)[:40]!r}: choose 'offline' or 'clip'.")
     doubts = tuple(name for name, doubtful in zip(names, _check_readable(texts, engine)) if doubtful)
     rows = name_rows(texts, engine, templates or engine.templates)
-    return ZeroShot(tuple(names), engine, rows, chance, min_probability, doubts)
+    return ZeroShot(tuple(names), engine, rows, false_acceptance, min_probability, doubts)
 
 # %% ../nbs/15_multimodal.ipynb #c1500034
 def _bars(axis: plt.Axes, answer: Prediction) -> None:

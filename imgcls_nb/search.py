@@ -1,4 +1,4 @@
-"""Neural architecture search: a program chooses depth, width, kernels and resolution, and has to beat chance
+"""Neural architecture search: a program chooses depth, width, kernels and resolution, and has to beat random search
 
 Docs: https://imgcls.github.io/imgcls_nb/search.html.md"""
 

@@ -234,22 +234,23 @@ def _slice_label(row: pd.Series) -> str:
 def plot_slices(
     found: Slices,  # from `find_slices`
     count: int = 12,  # slices at most; findings come first
+    label: str = 'accuracy',  # what it is here: on the ill alone, say, accuracy is sensitivity
 ) -> plt.Figure:
     "The accuracy of slices with 95% intervals; findings in colour."
     table = found.table.head(count).sort_values('accuracy', kind='stable', ascending=False)
     with plt.rc_context(text_style()):
         figure, axis = plt.subplots(figsize=(6.4, 1.3 + 0.28 * len(table)), layout='constrained')
         axis.axvline(found.accuracy.value * 100, color='0.6', lw=1, ls='--', label='all images')
-        for stands_out, colour, label in ((True, '#D55E00', 'differs from the rest'),
-                                          (False, '0.45', 'may be luck')):
+        for stands_out, colour, verdict in ((True, '#D55E00', 'differs from the rest'),
+                                            (False, '0.45', 'may be luck')):
             where = np.flatnonzero((table['adjusted'] < found.level) == stands_out)
             part = table.iloc[where]
             if not len(part): continue
             value = part['accuracy'] * 100
             spread = [value - part['from'] * 100, part['to'] * 100 - value]
-            axis.errorbar(value, where, xerr=spread, fmt='o', ms=5, color=colour, label=label)
+            axis.errorbar(value, where, xerr=spread, fmt='o', ms=5, color=colour, label=verdict)
         axis.set_yticks(range(len(table)), [_slice_label(row) for _, row in table.iterrows()], fontsize=8)
-        axis.set(xlabel='accuracy, % (95% interval)', ylim=(-0.7, len(table) - 0.3))
+        axis.set(xlabel=f'{label}, % (95% interval)', ylim=(-0.7, len(table) - 0.3))
         axis.legend(fontsize=8, loc='best')
         figure.suptitle(_slices_title(found), fontsize=11)
     plt.close(figure)

@@ -57,7 +57,7 @@ def test_odd_names_that_can_work_do():
 
 @pytest.mark.parametrize('options, words', [
     (dict(templates=[]), 'at least one'), (dict(templates=['a photo']), 'one {}'), (dict(templates=['{} {}']), 'one {}'), (dict(templates=[3]), 'one {}'),
-    (dict(engine='gpt'), "'offline' or 'clip'"), (dict(engine=None), "'offline' or 'clip'"), (dict(chance=2), 'chance is between'), (dict(min_probability=-1), 'min_probability')])
+    (dict(engine='gpt'), "'offline' or 'clip'"), (dict(engine=None), "'offline' or 'clip'"), (dict(false_acceptance=2), 'false_acceptance is between'), (dict(min_probability=-1), 'min_probability')])
 def test_options_that_make_no_sense_are_refused(options, words):
     with pytest.raises(InputError, match=words): m.zero_shot(['red'], **dict(engine=toy_space()) | options)
 
@@ -102,7 +102,7 @@ def test_broken_images_raise_the_errors_of_the_safe_opening(source, limits):
 def test_not_sure_has_its_reasons():
     classifier = m.zero_shot(['red', 'green'], engine=toy_space())
     assert classifier(colour(10, 10, 240)).reason == 'like none of the names'
-    close = m.zero_shot(['red', 'green'], engine=toy_space(), chance=1, min_probability=0.9)(colour(200, 190, 0))
+    close = m.zero_shot(['red', 'green'], engine=toy_space(), false_acceptance=1, min_probability=0.9)(colour(200, 190, 0))
     assert close.reason == 'low probability' and not close.sure
     one = m.zero_shot(['green'], engine=toy_space())
     assert one(colour(255, 0, 0)).probability == 1 and not one(colour(255, 0, 0)).sure and one(colour(0, 255, 0)).sure

@@ -238,6 +238,8 @@ def test_sections_go_into_the_report(tested):
     assert all(len(html) < 1_000_000 for _, html in sections)
     for figure in (plot_slices(find_slices(tested)), plot_robustness(measured), plot_strengths({'one': measured, 'two': measured})):
         assert figure.get_axes()
+    assert plot_slices(find_slices(tested)).get_axes()[0].get_xlabel() == 'accuracy, % (95% interval)'
+    assert plot_slices(find_slices(tested), label='sensitivity').get_axes()[0].get_xlabel() == 'sensitivity, % (95% interval)'
     few = Report(tested.data, tested.rows[:6], tested.targets[:6], tested.probabilities[:6])
     assert slice_sections(few) == []
 

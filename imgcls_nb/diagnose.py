@@ -6,13 +6,14 @@ Docs: https://imgcls.github.io/imgcls_nb/diagnose.html.md"""
 
 # %% auto #0
 __all__ = ['NORMS', 'WATCHED', 'SEVERITIES', 'RATE_JUMP', 'BIG_UPDATE', 'SMALL_UPDATE', 'LITTLE_GAIN', 'OVERFIT_GAP',
-           'OVERFIT_RISE', 'UNDERFIT', 'VANISHING', 'EXPLODING', 'DEAD', 'FROZEN', 'TINY_BATCH', 'NORMALIZATION_SHIFT',
-           'SLOW_INPUT', 'RARE', 'RECALL_GAP', 'SUSPECT_SHARE', 'LEAK_SHARE', 'rule_leak', 'rule_shortcut', 'RULES',
-           'exam', 'Watch', 'Evidence', 'Diagnosis', 'rule_diverged', 'rule_rate_too_high', 'rule_rate_too_low',
-           'rule_overfitting', 'rule_underfitting', 'rule_vanishing', 'rule_exploding', 'rule_dead_units',
-           'rule_frozen', 'rule_tiny_batches', 'rule_evaluation_mode', 'rule_normalization', 'rule_slow_input',
-           'rule_slow_inference', 'rule_imbalance', 'rule_label_noise', 'unsplit', 'equal_light', 'without_suspects',
-           'observe', 'Diagnoses', 'diagnose', 'observe_run']
+           'OVERFIT_RISE', 'LEARNED', 'UNDERFIT', 'VANISHING', 'EXPLODING', 'DEAD', 'FROZEN', 'TINY_BATCH',
+           'NORMALIZATION_SHIFT', 'SLOW_INPUT', 'RARE', 'RECALL_GAP', 'SUSPECT_SHARE', 'ENOUGH_LABELS', 'TRUSTED',
+           'LEAK_SHARE', 'rule_leak', 'rule_shortcut', 'RULES', 'exam', 'Watch', 'Evidence', 'Diagnosis',
+           'rule_diverged', 'rule_rate_too_high', 'rule_rate_too_low', 'rule_overfitting', 'rule_underfitting',
+           'rule_vanishing', 'rule_exploding', 'rule_dead_units', 'rule_frozen', 'rule_tiny_batches',
+           'rule_evaluation_mode', 'rule_normalization', 'rule_slow_input', 'rule_slow_inference', 'rule_imbalance',
+           'rule_label_noise', 'unsplit', 'equal_light', 'without_suspects', 'observe', 'Diagnoses', 'diagnose',
+           'observe_run']
 
 # %% ../nbs/12_diagnose.ipynb #d1a60002
 import json
@@ -303,6 +304,9 @@ class Diagnosis:
 SEVERITIES = ('serious', 'warning', 'notice')
 
 
+def _plural(count: int) -> str: return '' if count == 1 else 's'
+
+
 def _again(e: Evidence, epochs: int | None = None, rate: float | None = None, more: str = '',
            **changes) -> str:
     "The code of the same training with something changed."
@@ -319,10 +323,12 @@ def rule_diverged(e: Evidence) -> Diagnosis | None:
     "A loss or a weight that is no number."
     if not e.diverged and not e.broken_tensors: return
     d, rate = e.diverged, e.diverged.get('learning_rate') or e.recipe.get('learning_rate') or 0.1
-    where = f'the loss became {d["loss"]} at step {d["step"]}, learning rate {rate:.2g}; ' if d else ''
+    where = [f'the loss became {d["loss"]} at step {d["step"]}, learning rate {rate:.2g}'] if d else []
+    broken, verb = e.broken_tensors, 'is' if e.broken_tensors == 1 else 'are'
+    if broken: where.append(f'{broken} tensor{_plural(broken)} of weights {verb} not finite')
     return Diagnosis('diverged', 'serious',
                      'The loss is no number any more, or the answers are all the same.',
-                     f'{where}{e.broken_tensors} tensors of weights are not finite',
+                     '; '.join(where),
                      'A step was too long: the learning rate is too high, or an input is not finite.',
                      _again(e, rate=min(rate / 10, 0.01)), 'a loss that falls from the first epoch on', 3)
 
@@ -368,6 +374,7 @@ def rule_rate_too_low(e: Evidence) -> Diagnosis | None:
 
 OVERFIT_GAP = 0.12  # of accuracy between seen and unseen images; a healthy small set shows up to 0.08
 OVERFIT_RISE = 1.5  # of the validation loss above its minimum
+LEARNED = 0.3  # of accuracy above chance on the training images; with less, little is known by heart
 
 # %% ../nbs/12_diagnose.ipynb #d1a71015
 def _chance(e: Evidence) -> float:
@@ -379,7 +386,7 @@ def rule_overfitting(e: Evidence) -> Diagnosis | None:
     "Knows what it has seen, and much less of what it has not."
     if e.train_accuracy is None or e.valid_accuracy is None: return
     gap = e.train_accuracy - e.valid_accuracy
-    if gap < OVERFIT_GAP or e.train_accuracy < _chance(e) + 0.3: return
+    if gap < OVERFIT_GAP or e.train_accuracy < _chance(e) + LEARNED: return
     valid = [x for x in e.valid_losses if x is not None]
     rise = valid[-1] / max(1e-9, min(valid)) if valid else 1.0
     own = e.recipe.get('augment', 'none')
@@ -464,9 +471,11 @@ TINY_BATCH = 4  # images; statistics of that few are mostly noise (Wu and He, 20
 def rule_tiny_batches(e: Evidence) -> Diagnosis | None:
     "Batch normalisation over a handful of images."
     if not e.batch_norm or e.batch_size is None or e.batch_size > TINY_BATCH: return
-    return Diagnosis('batch normalisation with tiny batches', 'serious' if e.batch_size < 4 else 'warning',
+    severe = 'serious' if e.batch_size < TINY_BATCH else 'warning'
+    return Diagnosis('batch normalisation with tiny batches', severe,
                      'Training is noisy, and evaluation disagrees with it.',
-                     f'{e.batch_size} images in a batch; below 8 their mean and deviation are noise',
+                     f'{e.batch_size} image{_plural(e.batch_size)} in a batch; at {TINY_BATCH} or fewer '
+                     'their mean and deviation are mostly noise',
                      'Batch normalisation learns from the statistics of a batch.',
                      _again(e, batch_size=16), 'a smoother loss and a higher validation accuracy', 3)
 
@@ -549,17 +558,19 @@ def rule_imbalance(e: Evidence) -> Diagnosis | None:
 
 
 SUSPECT_SHARE = 0.06  # of the held-out labels, doubted with conviction by a network that was not shown them
+ENOUGH_LABELS = 30  # held out; with fewer, a single suspect could pass SUSPECT_SHARE
+TRUSTED = 0.5  # share that a network must have right, of what it knows and of what it does not
 
 # %% ../nbs/12_diagnose.ipynb #d1a7101a
 def rule_label_noise(e: Evidence) -> Diagnosis | None:
     "Labels that a network doubts which has not seen them."
     share = (e.suspects or 0) / max(1, e.held_out)
-    if e.suspects is None or e.held_out < 30 or share < SUSPECT_SHARE: return
+    if e.suspects is None or e.held_out < ENOUGH_LABELS or share < SUSPECT_SHARE: return
     counts = [n for n in e.counts.values() if n]
     if counts and max(counts) / min(counts) >= RARE: return  # then it has not seen enough of some classes
     found = np.mean(list(e.recalls.values()) or [0])
     knows = e.train_accuracy if e.train_accuracy is not None else found
-    if found < 0.5 or knows < 0.5 or knows - found > OVERFIT_GAP: return  # its own doubts are worth little
+    if min(found, knows) < TRUSTED or knows - found > OVERFIT_GAP: return  # its own doubts are worth little
     return Diagnosis('label noise', 'serious' if share > 2 * SUSPECT_SHARE else 'warning',
                      'Accuracy stays below what the pictures would allow.',
                      f'{e.suspects} of {e.held_out} held-out labels ({share:.0%}) look wrong',
@@ -575,7 +586,8 @@ def _data_rule(kind: str, name: str, symptom: str, cause: str, remedy: str, expe
         if not count: return
         share = count / max(1, sum(e.counts.values()))
         severe = 'serious' if kind == 'shortcut' or share > LEAK_SHARE else 'warning'
-        return Diagnosis(name, severe, symptom, f'{count} findings, such as: {example}', cause,
+        said = f'{count} finding{_plural(count)}{", such as" if count > 1 else ""}: {example}'
+        return Diagnosis(name, severe, symptom, said, cause,
                          remedy + _again(e), expect, 3)
     return rule
 
@@ -751,8 +763,12 @@ def _count_findings(findings) -> dict[str, list]:
     "How many of each kind that a rule asks for, and one in words; findings as objects or as dictionaries."
     rows = [f if isinstance(f, dict) else f.as_dict() for f in findings]
     kinds = {kind: [row for row in rows if row['kind'] == kind] for kind in ('leak', 'near_leak', 'shortcut')}
-    return {kind: [len(group), f'{group[0]["image"]} {group[0]["evidence"]}'] for kind,
-            group in kinds.items() if group}
+    return {kind: [len(group), _finding_in_words(**group[0])] for kind, group in kinds.items() if group}
+
+
+def _finding_in_words(image: str, evidence: str, **rest) -> str:
+    "What was found, and how that is known; an image that is its own copy is listed twice."
+    return f'{image}: ' + evidence.replace(f'has the same pixels as {image};', 'is listed twice;')
 
 # %% ../nbs/12_diagnose.ipynb #d1a60025
 class Diagnoses(list):

@@ -611,7 +611,7 @@ def in_words(
 ) -> pd.DataFrame:  # one row a network of the front, as text
     "The front for people."
     def text(row): return {
-        'validation accuracy': f'{row.accuracy:.1%}', 'ms': f'{row.latency_ms:.3f}',
+        'validation accuracy': f'{row.accuracy:.1%}', 'ms': f'{row.latency_ms:.4f}',
         'parameters': f'{row.parameters:,}', 'million multiply-adds': f'{row.multiply_adds / 1e6:.2f}'}
     return pd.DataFrame({row.genotype: text(row) for row in self.front.itertuples()}).T
 
@@ -627,7 +627,7 @@ def _repr_html_(self: SearchResult) -> str:
     best = f'Best: <code>{self.best.name}</code>'
     said = f'<p>{len(self.table)} networks, {epochs} epochs, {seconds:.0f} s. {best}</p>'
     genotypes = [Genotype.from_name(name) for name in self.front['genotype']]
-    labels = [f'{row.latency_ms:.3f} ms, {row.accuracy:.1%}' for row in self.front.itertuples()]
+    labels = [f'{row.latency_ms:.4f} ms, {row.accuracy:.1%}' for row in self.front.itertuples()]
     pictures = figure_html(plot_search(self), 'accuracy against latency')
     pictures += figure_html(draw_genotypes(genotypes, labels), 'the blocks of each network on the front')
     return said + table_html(self.in_words()) + pictures

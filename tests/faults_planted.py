@@ -216,18 +216,19 @@ def plant(name: str, setting: str):
     return learn, diagnose(learn, BUDGET_MS.get(name, 100.0))
 
 
-REMEDIES = {'overfitting': 'gap', 'underfitting': 'accuracy', 'learning rate too high': 'accuracy',
+REMEDIES = {'overfitting': 'accuracy gap', 'underfitting': 'accuracy', 'learning rate too high': 'accuracy',
             'learning rate too low': 'accuracy', 'diverged': 'accuracy', 'vanishing gradients': 'accuracy',
-            'exploding gradients': 'accuracy', 'dead ReLUs': 'dead', 'slow input': 'wait', 'imbalance': 'balanced accuracy',
-            'wrong normalisation': 'accuracy', 'frozen layers': 'accuracy', 'slow inference': 'latency'}  # and what each should change
-LESS_IS_BETTER = 'gap', 'dead', 'wait', 'latency'
+            'exploding gradients': 'accuracy', 'dead ReLUs': 'dead channels', 'slow input': 'waiting, ms', 'imbalance': 'balanced accuracy',
+            'wrong normalisation': 'accuracy', 'frozen layers': 'accuracy', 'slow inference': 'latency, ms'}  # and what each should change
+LESS_IS_BETTER = 'accuracy gap', 'dead channels', 'waiting, ms', 'latency, ms'
 
 
 def figure(learn, what: str) -> float:
     "The figure that a remedy should change."
     e = observe(learn)
-    return {'accuracy': e.valid_accuracy or 0.0, 'gap': (e.train_accuracy or 0) - (e.valid_accuracy or 0), 'dead': e.dead_share,
-            'wait': e.step_ms[0], 'latency': e.latency_ms, 'balanced accuracy': float(np.mean(list(e.recalls.values()) or [0]))}[what]
+    return {'accuracy': e.valid_accuracy or 0.0, 'accuracy gap': (e.train_accuracy or 0) - (e.valid_accuracy or 0),
+            'dead channels': e.dead_share, 'waiting, ms': e.step_ms[0], 'latency, ms': e.latency_ms,
+            'balanced accuracy': float(np.mean(list(e.recalls.values()) or [0]))}[what]
 
 
 def mend(name: str, setting: str) -> dict:

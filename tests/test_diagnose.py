@@ -1,13 +1,16 @@
 "The doctor: rules on plain numbers, planted faults, healthy trainings, what a run's folder tells, and odd cases."
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from faults_planted import BUDGET_MS, FAULTS, HEALTHY, REMEDIES, fit, learner, mend, plant, SETTINGS, two_classes
 from imgcls_nb.data import digits, from_arrays
-from imgcls_nb.diagnose import RULES, Evidence, Watch, diagnose, observe_run
+from imgcls_nb.diagnose import RULES, TINY_BATCH, Evidence, Watch, _count_findings, diagnose, observe_run
 from imgcls_nb.run import InputError, create_run
 from imgcls_nb.train import TrainingError, image_learner, train
 
@@ -39,6 +42,23 @@ def test_a_remedy_runs_as_printed_and_helps(name):
 def test_no_evidence_gives_no_diagnosis():
     assert not [rule for rule in RULES if rule(Evidence()) is not None]
     assert set(BUDGET_MS) <= set(FAULTS) and len(FAULTS) >= 16
+
+
+def test_the_figures_are_said_in_sentences():
+    def said(**evidence): return diagnose(Evidence(trained=True, **evidence))[0].evidence
+    assert said(broken_tensors=1) == '1 tensor of weights is not finite'
+    assert said(broken_tensors=2, diverged=dict(loss='nan', step=3, learning_rate=0.1)) == (
+        'the loss became nan at step 3, learning rate 0.1; 2 tensors of weights are not finite')
+    assert said(diverged=dict(loss='nan', step=3, learning_rate=0.1)) == 'the loss became nan at step 3, learning rate 0.1'
+    assert said(batch_norm=True, batch_size=2).startswith(f'2 images in a batch; at {TINY_BATCH} or fewer')
+    assert not diagnose(Evidence(trained=True, batch_norm=True, batch_size=TINY_BATCH + 1))
+    table = digits().split()
+    twice = pd.concat([table.items, table.items[table.items['split'] == 'train'].head(2).assign(split='test')], ignore_index=True)
+    found = _count_findings(replace(table, items=twice).scan().check())['leak']
+    assert found[0] == 2 and re.fullmatch(r'(\d+): is listed twice; splits: test, train', found[1])
+    assert said(findings=dict(leak=found)).startswith('2 findings, such as: ')
+    shortcut = dict(kind='shortcut', image='brightness', evidence='alone it tells the class', remedy='')
+    assert said(findings=_count_findings([shortcut])) == '1 finding: brightness: alone it tells the class'
 
 
 def test_watching_changes_no_weight_and_its_record_is_json():

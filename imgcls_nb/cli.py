@@ -138,10 +138,11 @@ def _load(args: argparse.Namespace):
     from imgcls_nb.labelling import EditLog, only_labelled, unlabelled
     if not os.path.isfile(args.edits): raise InputError(f'There is no log of edits at {args.edits}.')
     log = EditLog(args.edits)
-    try: return log.apply(load_images(args.source, args.images, args.pattern))
+    try: data = load_images(args.source, args.images, args.pattern)
     except InputError:
         if not os.path.isdir(args.source) or args.pattern: raise
-        return only_labelled(log.apply(unlabelled(args.source)))
+        data = unlabelled(args.source)
+    return only_labelled(log.apply(data))
 
 # %% ../nbs/21_cli.ipynb #30fa363a
 def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
@@ -481,14 +482,15 @@ def _has_no_bundle(folder: str) -> bool:
     return Path(folder, 'run.json').is_file() and not Path(folder, 'bundle').is_dir()
 
 
-def _write_bundle_of(folder: str, screen: Screen) -> None:
+def _write_bundle_of(folder: str, screen: Screen):
     "Write the bundle of a trained run."
     from imgcls_nb.calibrate import calibrate
     from imgcls_nb.evaluate import evaluate
     from imgcls_nb.export import export
     run, data, options, learn = _trained(folder, screen)
     with recording(run), stage(run, 'export'), screen.bar('export'):
-        export(learn, evaluate(learn), run.bundle, _task(data, options), calibrate(learn, options.precision))
+        return export(learn, evaluate(learn), run.bundle, _task(data, options),
+                      calibrate(learn, options.precision))
 
 # %% ../nbs/21_cli.ipynb #62213741
 LABEL_NETWORK, LABEL_SIZE = 'tf_efficientnet_lite0', 128  # what judges labels, and pixels a side
@@ -594,9 +596,11 @@ def export_command(args: argparse.Namespace) -> int:
     if args.source and not formats and not new:
         raise InputError('A run and a bundle hold an ONNX file already: say with --to what else, such as '
                          'openvino.')
-    if new: _write_bundle_of(args.source, screen)
-    with screen.bar('images' if new else 'export'):
-        bundle, pixels, targets = (_zoo if args.zoo else _own_weights if args.weights else _exported)(args)
+    if new: bundle = _write_bundle_of(args.source, screen)
+    if formats or args.out or not new:
+        with screen.bar('images' if new else 'export'):
+            made = _zoo if args.zoo else _own_weights if args.weights else _exported
+            bundle, pixels, targets = made(args)
     if formats: bundle = _more_formats(bundle, formats, pixels, targets, screen)
     _print_export(bundle, args.json)
     return 0

@@ -32,11 +32,15 @@ def paired_interval(
     z: float = 1.959964,  # 1.96 standard deviations hold 95%
 ) -> Estimate:
     "How much higher the second accuracy is, with the adjusted Wald interval of Bonett and Price (2012)."
-    first, second = (only_first + 1) / (count + 2), (only_second + 1) / (count + 2)
-    spread = z * np.sqrt((first + second - (second - first)**2) / (count + 2))
-    difference = (only_second - only_first) / count
-    low, high = max(-1.0, second - first - spread), min(1.0, second - first + spread)
-    return Estimate(difference, float(min(low, difference)), float(max(high, difference)))
+    return _adjusted_wald(only_second - only_first, only_first + only_second, count, z)
+
+
+def _adjusted_wald(total: float, squares: float, count: int, z: float = 1.959964) -> Estimate:
+    "The mean of values from -1 to 1, by their sum and that of their squares; one of each end is added."
+    mean, seen = total / count, count + 2
+    middle, spread = total / seen, z * np.sqrt(((squares + 2) / seen - (total / seen)**2) / seen)
+    low, high = max(-1.0, middle - spread), min(1.0, middle + spread)
+    return Estimate(mean, float(min(low, mean)), float(max(high, mean)))
 
 # %% ../nbs/07a_compare.ipynb #469f1429
 def paired_bootstrap(

@@ -28,6 +28,7 @@ from scipy.stats import false_discovery_control, fisher_exact
 from skimage.transform import resize, rotate
 from skimage.util import random_noise
 
+from .compare import _adjusted_wald
 from .data import ImageSet, Progress, _in_threads, show_images
 from .evaluate import (Estimate, Report, _given, _thumbnails, bootstrap_interval, drawable,
                                 figure_html, table_html, text_style, wilson_interval)
@@ -558,10 +559,9 @@ def compare_robustness(
 def _gain(a: np.ndarray, b: np.ndarray) -> dict:
     "Means of two shares `[N]` of the same images, and how much larger the second is, as in chapter 07a."
     gain = np.subtract(b, a, dtype=float)
-    more = np.append(gain, [1, -1])  # one invented image on either side, as `paired_interval` has
-    middle, spread = more.mean(), 1.96 * more.std() / np.sqrt(len(more))
-    return dict(first=a.mean(), second=b.mean(), difference=gain.mean(), **{
-        'from': min(middle - spread, gain.mean()), 'to': max(middle + spread, gain.mean())})
+    found = _adjusted_wald(gain.sum(), np.square(gain).sum(), len(gain))
+    return dict(zip(('first', 'second', 'difference', 'from', 'to'),
+                    (a.mean(), b.mean(), found.value, found.low, found.high)))
 
 # %% ../nbs/07c_slices.ipynb #997539d0
 def plot_strengths(

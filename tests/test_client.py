@@ -207,7 +207,7 @@ def test_it_is_not_asked_again_after_the_time(service):
     other = service(busy('0'))
     begin = time.monotonic()
     with Client(other.url, timeout=1) as client, pytest.raises(ServiceError, match='busy') as error: client(b'x')
-    assert error.value.status == 503 and time.monotonic() - begin < 1.5 and len(other.asked) > 1
+    assert error.value.status == 503 and time.monotonic() - begin < 5 and len(other.asked) > 1
 
 
 @pytest.mark.parametrize('after', ['120', '9' * 400])
@@ -215,7 +215,7 @@ def test_a_pause_that_is_too_long_is_not_begun(service, after):
     other = service(busy(after))
     begin = time.monotonic()
     with Client(other.url, timeout=5) as client, pytest.raises(ServiceError): client(b'x')
-    assert time.monotonic() - begin < 1 and len(other.asked) == 1
+    assert time.monotonic() - begin < 4 and len(other.asked) == 1
 
 
 @pytest.mark.parametrize('status', [400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 499, 500, 502])
@@ -284,7 +284,7 @@ def test_a_reply_that_never_ends_is_cut_off():
         begin = time.monotonic()
         with Client(address(listening), timeout=0.5) as client, \
                 pytest.raises(ServiceError, match='too long'): client(b'x')
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 5
         thread.join()
 
 
@@ -293,7 +293,7 @@ def test_a_service_that_is_silent_is_left_in_time():
         begin = time.monotonic()
         with Client(address(listening), timeout=0.5) as client, \
                 pytest.raises(ServiceError, match='cannot be reached'): client(b'x')
-        assert 0.4 < time.monotonic() - begin < 2
+        assert 0.4 < time.monotonic() - begin < 5
 
 
 def test_nobody_there():

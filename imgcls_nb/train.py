@@ -7,8 +7,8 @@ Docs: https://imgcls.github.io/imgcls_nb/train.html.md"""
 # %% auto #0
 __all__ = ['choose_size', 'choose_batch_size', 'choose_architecture', 'choose_preprocessing', 'image_learner', 'RefitHead',
            'EpochLog', 'ReportProgress', 'model_bytes', 'Checkpoint', 'TrainingError', 'CheckLoss',
-           'fitting_batch_size', 'default_epochs', 'training_steps', 'train', 'SeedRuns', 'train_seeds',
-           'seconds_per_step']
+           'fitting_batch_size', 'default_epochs', 'training_steps', 'train', 'margin_of_error', 'SeedRuns',
+           'train_seeds', 'seconds_per_step']
 
 # %% ../nbs/06_train.ipynb #f3736ee0
 import json
@@ -587,6 +587,15 @@ def train(
     with _clear_errors(learn), learn.added_cbs(callbacks): fit(epochs, learning_rate)
     return learn
 
+# %% ../nbs/06_train.ipynb #c579932a
+def margin_of_error(
+    values: np.ndarray,  # `float [R]` of R repetitions, or `[R, …]` for several figures at a time
+) -> np.ndarray:  # `float […]`: NaN for a single repetition
+    "How far the mean of a few repetitions may be from the mean of all, with 95% confidence (Student, 1908)."
+    count = len(values)
+    if count < 2: return np.full(np.shape(values)[1:], np.nan)[()]
+    return stats.t.ppf(0.975, count - 1) * np.std(values, axis=0, ddof=1) / np.sqrt(count)
+
 # %% ../nbs/06_train.ipynb #5eed0001
 @dataclass
 class SeedRuns:
@@ -603,8 +612,8 @@ class SeedRuns:
     @property
     def interval(self) -> tuple[float, float]:
         "Where the mean over all seeds lies with 95% confidence, by Student's t distribution."
-        half = stats.t.ppf(0.975, len(self.table) - 1) * self.deviation / np.sqrt(len(self.table))
-        return max(0.0, self.mean - half), min(1.0, self.mean + half)
+        margin = margin_of_error(self.table['accuracy'])
+        return max(0.0, self.mean - margin), min(1.0, self.mean + margin)
 
     def _repr_markdown_(self) -> str:
         low, high = self.interval

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from imgcls_nb.data import digits
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.runtimes import open_session, run_session
 from imgcls_nb.search import Genotype, ProxyImages, SearchedCNN, _timing_graph, hypervolume, proxy_training, right_answers, search_architecture
+from imgcls_nb.train import margin_of_error
 from imgcls_nb.variants import time_in_turns
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     print(table.round(2).to_string())
     for column in ('validation', 'test'):
         gain = (table.loc['gp', column] - table.loc['random', column]).to_numpy()
-        half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain))
+        half = margin_of_error(gain)
         print(f'{column}: gp {gain.mean():+.1f} ({gain.mean() - half:+.1f} to {gain.mean() + half:+.1f}) above random, {len(gain)} seeds')
 
 

@@ -8,7 +8,7 @@ Docs: https://imgcls.github.io/imgcls_nb/cli.html.md"""
 __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'SOURCES', 'Screen', 'print_table', 'run_command',
            'train_command', 'evaluate_command', 'data_command', 'models_command', 'compare_command', 'export_command',
            'predict_command', 'serve_command', 'space_command', 'edge_command', 'doctor_command', 'compress_command',
-           'make_parser', 'main']
+           'bench_command', 'make_parser', 'main']
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
@@ -1157,6 +1157,72 @@ def _add_compress(commands) -> None:
     p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
     p.set_defaults(command=compress_command)
 
+# %% ../nbs/21_cli.ipynb #1d79d042
+def bench_command(args: argparse.Namespace) -> int:
+    "`imgcls bench SOURCE`: what every runtime of a bundle costs and gives on this machine."
+    screen = Screen(quiet=args.json)
+    from imgcls_nb.task import machine
+    from imgcls_nb.variants import measure_bundle
+    with screen.bar('images'): bundle, pixels, targets = _to_bench(args)
+    with screen.bar('bench'): measured = measure_bundle(bundle, pixels, targets, args.turns, threads=args.threads)
+    if args.json: print(json.dumps(_benched(bundle, measured, machine()), ensure_ascii=False))
+    else: _print_bench(bundle, measured, machine())
+    return 0
+
+
+def _to_bench(args: argparse.Namespace):
+    "A bundle, and the images it is asked about; classes where they are known."
+    from imgcls_nb.bundle import load_bundle
+    run, folder = _run_and_bundle(args.source)
+    bundle = load_bundle(folder)
+    if args.test: return bundle, *_prepared(bundle, _folder(args.test))
+    if run is None: return bundle, _invented(bundle.preprocessing), None
+    data = _images_of_run(run)
+    rows = data.where('test')
+    return bundle, data.pixels(rows, bundle.preprocessing), data.targets(rows)
+
+# %% ../nbs/21_cli.ipynb #a06e7b3a
+def _invented(preprocessing):
+    "Pictures of nothing: the clock does not mind."
+    import numpy as np
+    shape = 64, preprocessing.height, preprocessing.width, preprocessing.channels
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def _benched(bundle, measured, computer) -> dict:
+    "What `--json` prints."
+    runtimes = {name: asdict(variant) for name, variant in measured.each.items()}
+    if not measured.labelled:
+        for facts in runtimes.values(): facts |= dict(accuracy=None, difference=None)
+    return dict(bundle=str(bundle.folder), images=measured.images if measured.labelled else 0,
+                machine=computer.as_dict(), runtimes=runtimes, absent=measured.absent)
+
+
+def _print_bench(bundle, measured, computer) -> None:
+    "The table, the machine, and what could not be measured."
+    table = measured.table()
+    if not measured.labelled: table = table.iloc[:, :-2]
+    about = f'{measured.images:,} test images' if measured.labelled else 'invented images'
+    rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
+    print_table(rows, ['runtime', *table.columns], f'{bundle.record.name}, {about}')
+    print(f'On:     {computer.processor}, {computer.cores} cores')
+    for name, why in measured.absent.items(): print(f'Not here: {name}. {why}')
+    if not measured.labelled:
+        print('Without images there is no accuracy: name some with --test FOLDER, one folder per class.')
+
+
+def _add_bench(commands) -> None:
+    "Options of `imgcls bench`."
+    examples = 'examples:\n  imgcls bench runs/digits\n  imgcls bench BUNDLE --test other_photos --threads 1'
+    p = commands.add_parser('bench', help='size, time and accuracy of every runtime, on this machine',
+                            formatter_class=_Format, epilog=examples)
+    p.add_argument('source', help="a run's folder, or a bundle")
+    p.add_argument('--test', metavar='FOLDER', help='labelled images, one folder per class')
+    p.add_argument('--threads', type=_positive, metavar='N', help='processors for one call; all by default')
+    p.add_argument('--turns', type=_positive, default=20, metavar='N', help='of ten timed images each')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=bench_command)
+
 # %% ../nbs/21_cli.ipynb #5c3493d7
 class _Address(argparse.Action):
     "With an address there is no bundle: what would be its name is an image, and may be the only one."
@@ -1241,7 +1307,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
     for add in (_add_run, _add_train, _add_evaluate, _add_data, _add_models, _add_compare, _add_doctor,
-                _add_export, _add_compress, _add_predict, _add_serve, _add_edge, _add_space):
+                _add_export, _add_compress, _add_bench, _add_predict, _add_serve, _add_edge, _add_space):
         add(commands)
     return parser
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from imgcls_nb.bundle import load_bundle, prefer
+from imgcls_nb.bundle import add_runtime, load_bundle, prefer
 from imgcls_nb.cli import main
 from imgcls_nb.compress import choose, compress, images_in
 from imgcls_nb.evaluate import Estimate, evaluate
@@ -13,9 +13,10 @@ from imgcls_nb.export import export, to_onnx
 from imgcls_nb.models import create_model, model_cost
 from imgcls_nb.image import Preprocessing
 from imgcls_nb.run import InputError
+from imgcls_nb.runtimes import ENGINES
 from imgcls_nb.sources import load_images
 from imgcls_nb.train import image_learner, train
-from imgcls_nb.variants import Variant, Variants, front, graph_cost, measure_variants, time_in_turns
+from imgcls_nb.variants import Variant, Variants, front, graph_cost, measure_bundle, measure_variants, time_in_turns
 
 
 @pytest.fixture(scope='module')
@@ -120,6 +121,36 @@ def test_folders_with_odd_names_and_a_broken_file(trained, bundle, tmp_path, cap
     assert load_bundle(bundle.folder).record.preferred == found['choice']['name']
     assert main([*command, '--target-latency', '0.000001ms']) == 1
     assert not json.loads(capsys.readouterr().out)['choice']['met']
+
+
+def test_bench_with_a_folder_with_odd_names_and_a_broken_file(trained, bundle, tmp_path, capsys):
+    _, test = folders(trained[1].data, tmp_path)
+    assert main(['bench', str(bundle.folder), '--test', str(test), '--turns', '2', '--threads', '1', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    files = sorted(test.rglob('*.png'))
+    right = [str(answer.label) == path.parent.name for answer, path in zip(bundle.predictor().predict(files), files)]
+    assert found['runtimes']['onnx']['accuracy']['value'] == pytest.approx(np.mean(right)) and found['images'] == len(files)
+    assert found['runtimes']['onnx']['bytes'] == (bundle.folder/'model.onnx').stat().st_size and not found['absent']
+
+
+def test_bench_without_images_has_times_and_no_accuracy(bundle, capsys):
+    assert main(['bench', str(bundle.folder), '--turns', '1', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['runtimes']['onnx']['latency_ms'] > 0 and found['runtimes']['onnx']['accuracy'] is None and found['images'] == 0
+    assert main(['bench', str(bundle.folder), '--turns', '1']) == 0
+    printed = capsys.readouterr().out
+    assert 'accuracy, %' not in printed and 'difference' not in printed and '--test FOLDER' in printed
+
+
+def test_a_runtime_that_cannot_run_here_is_named_with_its_reason(bundle, capsys):
+    runtime = bundle.record.runtimes['onnx'].model_copy(update=dict(engine='tensorrt'))
+    both = add_runtime(bundle, 'tensorrt', runtime, (bundle.folder/'model.onnx').read_bytes())
+    p = both.preprocessing
+    measured = measure_bundle(both, np.zeros((4, p.height, p.width, p.channels), np.uint8), turns=1, batches=(1,))
+    assert ('tensorrt' in measured.absent) == (ENGINES['tensorrt'].problem() is not None) and 'onnx' in measured
+    assert main(['bench', str(bundle.folder), '--turns', '1']) == 0
+    printed = capsys.readouterr().out
+    assert all(f'Not here: {name}. {why}' in printed for name, why in measured.absent.items())
 
 
 def test_a_picture_in_both_folders_is_refused(trained, bundle, tmp_path):

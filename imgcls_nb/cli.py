@@ -92,6 +92,7 @@ def _begin(args: argparse.Namespace):
     earlier = _earlier(args) if args.resume else None
     _check_options(args)
     data = _load(args)
+    _task(data, args)  # what cannot be asked for is refused before anything is trained
     run = earlier or create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source),
                                 seed=args.seed, options=_options(args), hardware=machine().as_dict())
     args.folder = run.folder

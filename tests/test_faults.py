@@ -76,6 +76,7 @@ def test_no_permission_to_write(tmp_path):
 def test_options_that_make_no_sense(option, tmp_path):
     assert_sentence(imgcls('run', 'digits', '--epochs', '1', *option, cwd=tmp_path))
     assert_no_leftovers(tmp_path)
+    assert not list(tmp_path.rglob('log.csv')), 'nothing is trained before it is refused'
 
 
 @pytest.mark.parametrize('option, words', [('arch', 'resnet1'), ('augment', 'none, digits'), ('balance', 'oversample'), ('mix', 'cutmix')])

@@ -236,7 +236,7 @@ def kill_after_an_epoch(run: Path, *command: str) -> None:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
-    options = ['run', 'digits', '--epochs', '6', '--mix', 'mixup', '--json']
+    options = ['run', 'digits', '--size', '16', '--epochs', '8', '--mix', 'mixup', '--json']
     whole = imgcls(*options, '--runs', tmp_path/'whole', cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     run = tmp_path/'runs'/'digits'
@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     assert weights[0] == weights[1]
     assert json.loads(resumed.stdout)['accuracy'] == json.loads(whole.stdout)['accuracy']
     logs = [[row['valid_loss'] for row in csv.DictReader((folder/'log.csv').open())] for folder in (run, tmp_path/'whole'/'digits')]
-    assert len(logs[0]) == 6 and logs[0] == logs[1]
+    assert len(logs[0]) == 8 and logs[0] == logs[1]
     assert_sentence(imgcls('run', '--resume', run, cwd=tmp_path), 'is finished')
 
 

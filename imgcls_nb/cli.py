@@ -1165,7 +1165,8 @@ def bench_command(args: argparse.Namespace) -> int:
     from imgcls_nb.task import machine
     from imgcls_nb.variants import measure_bundle
     with screen.bar('images'): bundle, pixels, targets = _to_bench(args)
-    with screen.bar('bench'): measured = measure_bundle(bundle, pixels, targets, args.turns, threads=args.threads)
+    with screen.bar('bench'):
+        measured = measure_bundle(bundle, pixels, targets, args.turns, threads=args.threads)
     if args.json: print(json.dumps(_benched(bundle, measured, machine()), ensure_ascii=False))
     else: _print_bench(bundle, measured, machine())
     return 0
@@ -1211,7 +1212,7 @@ def _print_bench(bundle, measured, computer) -> None:
     if not measured.labelled:
         print('Without images there is no accuracy: name some with --test FOLDER, one folder per class.')
 
-
+# %% ../nbs/21_cli.ipynb #011928b4
 def _add_bench(commands) -> None:
     "Options of `imgcls bench`."
     examples = 'examples:\n  imgcls bench runs/digits\n  imgcls bench BUNDLE --test other_photos --threads 1'

@@ -197,7 +197,7 @@ def frame(
 
 # %% ../nbs/09b_variants.ipynb #09b00031
 def _open_all(graphs: Mapping[str, bytes], pixels: np.ndarray, reference: str, threads: int | None) -> dict:
-    "What answers, by name; raises `InputError` for a reference that is not there or a graph of another shape."
+    "What answers, by name; refuses a reference that is not there, and a graph of another shape."
     if not graphs: raise InputError('There is nothing to measure: name at least one version.')
     if reference not in graphs:
         raise InputError(f'{reference!r} is none of the versions: choose one of {", ".join(graphs)}.')

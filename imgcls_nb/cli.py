@@ -92,7 +92,6 @@ def _begin(args: argparse.Namespace):
     earlier = _earlier(args) if args.resume else None
     _check_options(args)
     data = _load(args)
-    _task(data, args)  # what cannot be asked for is refused before anything is trained
     run = earlier or create_run(_safe_name(args.name or data.name), args.runs, source=str(args.source),
                                 seed=args.seed, options=_options(args), hardware=machine().as_dict())
     args.folder = run.folder
@@ -128,8 +127,10 @@ def _check_options(args: argparse.Namespace) -> None:
         need_optuna()
     elif args.arch: check_architecture(_made_known(args.arch))
     from imgcls_nb.calibrate import images_for_promise
+    from imgcls_nb.task import Task
     if args.precision is not None: images_for_promise(args.precision)
     augmentations(args.augment or 'none'), mixing(args.mix), check_balance(args.balance)
+    Task(('yes', 'no'), args.metric, args.target, args.latency_ms, args.size_mb)  # any two classes will do
 
 # %% ../nbs/21_cli.ipynb #b7e02d45
 def _load(args: argparse.Namespace):

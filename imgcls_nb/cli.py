@@ -127,10 +127,9 @@ def _check_options(args: argparse.Namespace) -> None:
         need_optuna()
     elif args.arch: check_architecture(_made_known(args.arch))
     from imgcls_nb.calibrate import images_for_promise
-    from imgcls_nb.task import Task
     if args.precision is not None: images_for_promise(args.precision)
     augmentations(args.augment or 'none'), mixing(args.mix), check_balance(args.balance)
-    Task(('yes', 'no'), args.metric, args.target, args.latency_ms, args.size_mb)  # any two classes will do
+    _task(('yes', 'no'), args)  # any two classes will do
 
 # %% ../nbs/21_cli.ipynb #b7e02d45
 def _load(args: argparse.Namespace):
@@ -288,7 +287,7 @@ def _prove(run: Run, data, learn, args: argparse.Namespace, screen: Screen) -> d
     "Evaluate, calibrate, export, compress and report; the run's summary."
     from imgcls_nb.compress import compress
     from imgcls_nb.export import export
-    task = _task(data, args)
+    task = _task(data.classes, args)
     raw, calibration, report = _measure(run, data, learn, args.precision, screen)
     with stage(run, 'export'), screen.bar('export'):
         bundle = export(learn, raw, run.bundle, task, calibration)
@@ -297,10 +296,10 @@ def _prove(run: Run, data, learn, args: argparse.Namespace, screen: Screen) -> d
     return _summary(run, report, compression, task)
 
 
-def _task(data, args: argparse.Namespace):
-    "What was asked for (chapter 00)."
+def _task(classes: tuple[str, ...], args: argparse.Namespace):
+    "What was asked for (chapter 00); refuses what cannot be asked for."
     from imgcls_nb.task import Task
-    return Task(data.classes, args.metric, args.target, args.latency_ms, args.size_mb)
+    return Task(classes, args.metric, args.target, args.latency_ms, args.size_mb)
 
 
 def _measure(run: Run, data, learn, precision: float | None, screen: Screen):
@@ -491,7 +490,7 @@ def _write_bundle_of(folder: str, screen: Screen):
     from imgcls_nb.export import export
     run, data, options, learn = _trained(folder, screen)
     with recording(run), stage(run, 'export'), screen.bar('export'):
-        return export(learn, evaluate(learn), run.bundle, _task(data, options),
+        return export(learn, evaluate(learn), run.bundle, _task(data.classes, options),
                       calibrate(learn, options.precision))
 
 # %% ../nbs/21_cli.ipynb #62213741
@@ -691,6 +690,15 @@ def _prepared(bundle, data):
     numbers = np.array([bundle.classes.index(meant[label]) for label in data.items['label']])
     return data.pixels(np.arange(len(data)), bundle.preprocessing), numbers
 
+# %% ../nbs/21_cli.ipynb #818f907c
+def _held_out(bundle, run: Run | None, folder: str | None):
+    "Pixels and class numbers of a labelled folder's images, or else of the run's test images, or else None."
+    if folder: return _prepared(bundle, _folder(folder))
+    if run is None: return None
+    data = _images_of_run(run)
+    rows = data.where('test')
+    return data.pixels(rows, bundle.preprocessing), data.targets(rows)
+
 # %% ../nbs/21_cli.ipynb #e0900012
 def _exported(args: argparse.Namespace):
     "A bundle that is there already; the images are the run's test images, or those of `--images`."
@@ -698,12 +706,10 @@ def _exported(args: argparse.Namespace):
     run, folder = _run_and_bundle(args.source)
     bundle = load_bundle(folder)
     _made_known(bundle.record.architecture or '')
-    if args.images: data, kept = _folder(args.images), None
-    elif run: kept = (data := _images_of_run(run)).where('test')
-    else: raise InputError('Say with --images FOLDER which held-out images prove it: one folder a class.')
-    if args.out: bundle = _copy_bundle(bundle, args.out)
-    if kept is None: return bundle, *_prepared(bundle, data)
-    return bundle, data.pixels(kept, bundle.preprocessing), data.targets(kept)
+    images = _held_out(bundle, run, args.images)
+    if images is None:
+        raise InputError('Say with --images FOLDER which held-out images prove it: one folder a class.')
+    return _copy_bundle(bundle, args.out) if args.out else bundle, *images
 
 
 def _copy_bundle(bundle, folder: str):
@@ -1119,13 +1125,17 @@ def _compressed(done) -> dict:
                 choice=done.choice and asdict(done.choice), versions=versions)
 
 
+def _print_versions(table, first: str, title: str) -> None:
+    "What versions cost and give, as text, with a heading over their names."
+    rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
+    print_table(rows, [first, *table.columns], title)
+
+
 def _print_compression(done, bundle) -> None:
     "The table of both versions on the test images, and what became of it."
     if done.measured is not None:
-        table = done.measured.table()
-        rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
         title = f'{bundle.record.name}, {done.measured.images:,} test images'
-        print_table(rows, ['version', *table.columns], title)
+        _print_versions(done.measured.table(), 'version', title)
     if not done.kept: return print(f'INT8 was refused: {done.refusal}')
     print(f'Used by default: {done.choice.name}, {done.choice.reason}')
     for name, why in done.choice.rejected.items(): print(f'Not {name}: {why}.')
@@ -1178,11 +1188,7 @@ def _to_bench(args: argparse.Namespace):
     from imgcls_nb.bundle import load_bundle
     run, folder = _run_and_bundle(args.source)
     bundle = load_bundle(folder)
-    if args.test: return bundle, *_prepared(bundle, _folder(args.test))
-    if run is None: return bundle, _invented(bundle.preprocessing), None
-    data = _images_of_run(run)
-    rows = data.where('test')
-    return bundle, data.pixels(rows, bundle.preprocessing), data.targets(rows)
+    return bundle, *(_held_out(bundle, run, args.test) or (_invented(bundle.preprocessing), None))
 
 # %% ../nbs/21_cli.ipynb #a06e7b3a
 def _invented(preprocessing):
@@ -1206,8 +1212,7 @@ def _print_bench(bundle, measured, computer) -> None:
     table = measured.table()
     if not measured.labelled: table = table.iloc[:, :-2]
     about = f'{measured.images:,} test images' if measured.labelled else 'invented images'
-    rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
-    print_table(rows, ['runtime', *table.columns], f'{bundle.record.name}, {about}')
+    _print_versions(table, 'runtime', f'{bundle.record.name}, {about}')
     print(f'On:     {computer.processor}, {computer.cores} cores')
     for name, why in measured.absent.items(): print(f'Not here: {name}. {why}')
     if not measured.labelled:

@@ -18,7 +18,6 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pandas as pd
 from fastcore.basics import patch
 from matplotlib.ticker import LogLocator
@@ -29,7 +28,7 @@ from .evaluate import Estimate, wilson_interval
 from .export import _tap
 from .models import pareto_front
 from .run import ImgclsError, InputError
-from .runtimes import open_session
+from .runtimes import open_session, run_session
 
 # %% ../nbs/09b_variants.ipynb #09b00009
 _MULTIPLIERS = 'Conv', 'Gemm', 'MatMul'
@@ -207,12 +206,7 @@ def _open_all(graphs: Mapping[str, bytes], pixels: np.ndarray, reference: str, t
         if takes != [list(pixels.shape[1:])]:
             raise InputError(f'{name!r} takes pixels of shape {takes}, and the images have '
                              f'{list(pixels.shape[1:])}.')
-    return {name: partial(_run_graph, session) for name, session in sessions.items()}
-
-
-def _run_graph(session: ort.InferenceSession, pixels: np.ndarray) -> np.ndarray:
-    "Probabilities, without a detour."
-    return session.run(['probabilities'], {'pixels': pixels})[0]
+    return {name: partial(run_session, session) for name, session in sessions.items()}
 
 
 def _paired(right: np.ndarray, reference: np.ndarray) -> Estimate:
@@ -228,15 +222,10 @@ def _accuracies(answers: Mapping[str, np.ndarray], targets: np.ndarray, referenc
             for name, each in right.items()}
 
 # %% ../nbs/09b_variants.ipynb #09b00032
-def _answers(network: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray) -> np.ndarray:
-    "The most probable classes, `int64 [N]`; 64 images at a time, which bounds the memory."
-    return np.concatenate([network(pixels[i:i + 64]).argmax(1) for i in range(0, len(pixels), 64)])
-
-
 def _measure(networks: dict[str, Callable], costs: dict[str, dict], reference: str, pixels: np.ndarray,
              targets: np.ndarray | None, turns: int, batches: Sequence[int]) -> Variants:
     "Time and accuracy of everything that answers; what it costs besides is known."
-    answers = {name: _answers(network, pixels) for name, network in networks.items()}
+    answers = {name: network(pixels).argmax(1) for name, network in networks.items()}
     found = _accuracies(answers, answers[reference] if targets is None else targets, reference)
     milliseconds = time_in_turns({name: _of_size(each, pixels, 1) for name, each in networks.items()}, turns)
     rates = throughputs(networks, pixels, batches)
@@ -285,10 +274,10 @@ def measure_bundle(
 ) -> Variants:
     "Size, time and accuracy of every runtime that runs here, on the same images, before the same clock."
     networks, absent = _open_runtimes(bundle, threads)
-    files = {name: bundle.folder/bundle.record.runtimes[name].file for name in bundle.record.runtimes}
-    whole = next((file for file in files.values() if file.suffix == '.onnx'), None)
-    known = graph_cost(whole.read_bytes()) if whole else dict(parameters=0, multiply_adds=0)
-    costs = {name: dict(bytes=bundle.record.runtimes[name].bytes, **known) for name in networks}
+    runtimes = bundle.record.runtimes
+    graph = next((each.file for each in runtimes.values() if each.file.endswith('.onnx')), None)
+    known = graph_cost((bundle.folder/graph).read_bytes()) if graph else dict(parameters=0, multiply_adds=0)
+    costs = {name: dict(bytes=runtimes[name].bytes, **known) for name in networks}
     found = _measure(networks, costs, next(iter(networks)), pixels, targets, turns, batches)
     return replace(found, absent=absent)
 

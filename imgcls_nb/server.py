@@ -6,7 +6,7 @@ Docs: https://imgcls.github.io/imgcls_nb/server.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_CONNECTIONS', 'HEADER_BYTES', 'HEADER_SECONDS', 'MAX_PIPELINED', 'STALLED_SECONDS', 'DRAIN_SECONDS',
-           'CarefulProtocol', 'log_to', 'serve']
+           'LATE_SECONDS', 'CarefulProtocol', 'log_to', 'serve']
 
 # %% ../nbs/11c_server.ipynb #5e1c0001
 import asyncio
@@ -19,7 +19,7 @@ import signal
 import socket
 import struct
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -39,6 +39,7 @@ HEADER_BYTES, HEADER_SECONDS = 65_536, 10.0  # until the headers of a request ar
 MAX_PIPELINED = 32  # requests that may wait behind the one that is answered
 STALLED_SECONDS = 30.0  # for somebody who does not take the answer
 DRAIN_SECONDS = 2.0  # in which visitors hear that the service goes
+LATE_SECONDS = 3.0  # for somebody who was let in just before, and has not asked yet
 _log = logging.getLogger('imgcls_nb.service')
 _REASONS = {400: ('Bad Request', 'This is not HTTP.'),
             431: ('Request Header Fields Too Large', 'The headers are too large.'),
@@ -199,9 +200,10 @@ async def _watch(self: _Server) -> None:
 async def shutdown(self: _Server, sockets=None) -> None:
     "Every answer says goodbye for a while; then nobody is let in; then the rest is finished."
     self.service.closing = True
-    await self._until_quiet(DRAIN_SECONDS)
+    await self._until_none(lambda each: True, DRAIN_SECONDS)
     await self._close_the_door()
-    await self._until_quiet(0.5)
+    await self._until_none(lambda each: True, 0.5)
+    await self._until_none(lambda each: each.cycle is None, LATE_SECONDS)
     await uvicorn.Server.shutdown(self, sockets)
 
 
@@ -229,10 +231,10 @@ async def _close_the_door(self: _Server) -> None:
 
 # %% ../nbs/11c_server.ipynb #5e1c0034
 @patch
-async def _until_quiet(self: _Server, seconds: float) -> None:
-    "Wait until nobody is connected, but not for ever."
-    deadline = time.monotonic() + seconds
-    while self.server_state.connections and time.monotonic() < deadline and not self.force_exit:
+async def _until_none(self: _Server, of: Callable[[CarefulProtocol], bool], seconds: float) -> None:
+    "Wait until no connection is such a one, but not for ever; a machine that stands still takes nobody's time away."
+    for _ in range(round(seconds / 0.02)):
+        if self.force_exit or not any(map(of, self.server_state.connections)): return
         await asyncio.sleep(0.02)
 
 # %% ../nbs/11c_server.ipynb #5e1c0005

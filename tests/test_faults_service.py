@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from conftest import free_port, serving, started
+from imgcls_nb.server import DRAIN_SECONDS
 from samples import encoded, patch
 
 PICTURE = encoded(patch('brick', 2, 32), 'PNG')
@@ -234,6 +235,25 @@ def test_a_farewell_under_load(start, keep_alive, number):
         tally = asyncio.run(under_load(port, trouble, 16, (keep_alive,)))
         fine(tally)
         assert tally.refused and not any(each.is_running() for each in family)
+
+
+def test_a_guest_who_asks_late(start):
+    "Who was let in before the door closed, and is slow to speak, still has an answer; who has one already does not hold it up."
+    port, service = start()
+    with service as process:
+        async def linger():
+            tally, before = Tally(), Tally()
+            idle, late = [await asyncio.open_connection('127.0.0.1', port) for _ in range(2)]
+            await before.ask(*idle, asked())
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(DRAIN_SECONDS + 1)
+            with pytest.raises(OSError): await asyncio.open_connection('127.0.0.1', port)
+            await tally.ask(*late, asked())
+            await asyncio.to_thread(process.wait, HANG)
+            return tally, before
+        tally, before = asyncio.run(linger())
+        fine(tally)
+        fine(before)
 
 
 def test_more_than_can_be_done(start):

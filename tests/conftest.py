@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
@@ -52,11 +53,17 @@ def assert_no_leftovers(folder: Path) -> None:
 
 @pytest.fixture(scope='session')
 def digits_run(tmp_path_factory) -> dict:
-    "`imgcls run digits --json`, once for the whole test session: what it printed, and where."
-    folder = tmp_path_factory.mktemp('digits')
-    result = imgcls('run', 'digits', '--json', cwd=folder)
-    assert result.returncode == 0, result.stderr
-    summary = json.loads(result.stdout)
+    "`imgcls run digits --json`, once for all workers, each of which has a copy: what it printed, and where."
+    own = tmp_path_factory.getbasetemp()
+    shared, folder = (own.parent if 'PYTEST_XDIST_WORKER' in os.environ else own)/'one run of digits', own/'digits'
+    with FileLock(f'{shared}.lock'):
+        if not (shared/'said.json').exists():
+            shared.mkdir(exist_ok=True)
+            result = imgcls('run', 'digits', '--json', cwd=shared)
+            assert result.returncode == 0, result.stderr
+            (shared/'said.json').write_text(result.stdout)
+    shutil.copytree(shared, folder)
+    summary = json.loads((folder/'said.json').read_text())
     return dict(summary, folder=folder, bundle=str(folder/summary['bundle']), run=str(folder/summary['run']))
 
 

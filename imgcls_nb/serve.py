@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from anyio import fail_after, move_on_after
+from anyio import move_on_after
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -183,13 +183,11 @@ async def read_images_of(
     "The images that a request brings."
     limit = options.limits.max_bytes
     form = request.headers.get('content-type', '').lower().startswith('multipart/form-data')
-    try:
-        with fail_after(options.seconds):
-            if not form: return [('', b''.join([part async for part in _body_parts(request, limit, take)]))]
-            return await _read_form(request, limit, options.files, take)
-    except TimeoutError:
-        reason = f'The request did not arrive within {options.seconds:g} seconds.'
-        raise Refusal(408, reason, headers={'Connection': 'close'}) from None
+    with move_on_after(options.seconds):
+        if not form: return [('', b''.join([part async for part in _body_parts(request, limit, take)]))]
+        return await _read_form(request, limit, options.files, take)
+    reason = f'The request did not arrive within {options.seconds:g} seconds.'
+    raise Refusal(408, reason, headers={'Connection': 'close'})
 
 # %% ../nbs/11_serve.ipynb #c1a663d6
 def _reason(problem: HTTPException) -> str:

@@ -12,6 +12,7 @@ __all__ = ['MAX_CONNECTIONS', 'HEADER_BYTES', 'HEADER_SECONDS', 'MAX_PIPELINED',
 import asyncio
 import contextlib
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -161,6 +162,7 @@ class _Server(uvicorn.Server):
 
     async def main_loop(self) -> None:
         print(self.hello, flush=True)
+        gc.freeze()  # as in the workers
         if hasattr(signal, 'SIGHUP'):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.swap_soon)
         watching = asyncio.get_running_loop().create_task(self._watch()) if self.watch else None

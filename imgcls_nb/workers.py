@@ -10,6 +10,7 @@ __all__ = ['SERVICE_LIMITS', 'STATUS', 'Answer', 'refused', 'answer_batch', 'pac
 
 # %% ../nbs/11a_workers.ipynb #11a00001
 import asyncio
+import gc
 import hashlib
 import inspect
 import json
@@ -174,6 +175,7 @@ def work(
     try: predictor, ready = _open_bundle(asked['folder'], asked['runtime'], asked['threads'])
     except (InputError, OSError, MemoryError) as error:
         return send(_as_json(dict(error=str(error) or repr(error))))
+    gc.freeze()  # what is loaded stays: Python need not look for garbage in it, again and again
     with suppress(BrokenPipeError):
         send(_as_json(ready))
         for images in read_images(sys.stdin.buffer):

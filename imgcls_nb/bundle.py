@@ -170,11 +170,13 @@ def plain(text: object) -> str:
 
 # %% ../nbs/08_bundle.ipynb #2dfb63f1
 _NOT_YAML = re.compile('[^\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
+_TEXT_OR_POWER = re.compile(r'"(?:[^"\\]|\\.)*"|(?<![\d.])(-?\d+)(e[+-]\d+)')  # YAML takes 1e-05 for a text
 
 
 def _yaml(value: object) -> str:
-    "A value in YAML, which reads JSON; what YAML does not allow in a text becomes a space."
-    return _NOT_YAML.sub(' ', _CONTROLS.sub(' ', json.dumps(value, ensure_ascii=False)))
+    "A value in YAML, which reads JSON but for `1e-05`; what YAML does not allow in a text becomes a space."
+    text = _NOT_YAML.sub(' ', _CONTROLS.sub(' ', json.dumps(value, ensure_ascii=False)))
+    return _TEXT_OR_POWER.sub(lambda found: f'{found[1]}.0{found[2]}' if found[1] else found[0], text)
 
 
 def _model_index(record: BundleRecord) -> list[dict]:
@@ -417,6 +419,10 @@ class Bundle:
     @property
     def preprocessing(self) -> Preprocessing: return Preprocessing(**self.record.preprocessing.model_dump())
 
+    def read_file(self, name: str) -> bytes:
+        "The content of one of its files; raises `InputError` if that is not what was exported."
+        return _read_file(self.folder, name, self.record.checksums.get(name, ''))
+
     def predictor(self, runtime: str | None = None, threads: int | None = None) -> 'Predictor':
         "What answers questions about images: see `Predictor`."
         return Predictor(self, runtime, threads)
@@ -554,7 +560,7 @@ class Predictor(ImageClassifier):
         found = bundle.record.runtimes[runtime]
         self.classes, self.preprocessing, self.runtime = bundle.classes, bundle.preprocessing, runtime
         self.decision = found.decision
-        data = _read_file(bundle.folder, found.file, bundle.record.checksums.get(found.file, ''))
+        data = bundle.read_file(found.file)
         self.engine = open_engine(found.engine, data, threads, found.half, bundle.folder/found.file)
         _check_graph(self.engine, bundle, runtime)
         self._shape = (self.preprocessing.height, self.preprocessing.width, self.preprocessing.channels)
@@ -631,8 +637,7 @@ def __call__(
 # %% ../nbs/08_bundle.ipynb #0e96f63c
 def _rewrite(bundle: Bundle, record: BundleRecord, files: dict[str, bytes]) -> Bundle:
     "A whole new bundle, with the old one's files and some more, takes the old one's place."
-    checksums = bundle.record.checksums.items()
-    kept = {name: _read_file(bundle.folder, name, checksum) for name, checksum in checksums}
+    kept = {name: bundle.read_file(name) for name in bundle.record.checksums}
     return write_bundle(bundle.folder, record, {**kept, **files})
 
 

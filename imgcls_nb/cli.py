@@ -715,7 +715,7 @@ def _exported(args: argparse.Namespace):
 def _copy_bundle(bundle, folder: str):
     "The same bundle in another place."
     from imgcls_nb.bundle import write_bundle
-    files = {name: (bundle.folder/name).read_bytes() for name in bundle.record.checksums}
+    files = {name: bundle.read_file(name) for name in bundle.record.checksums}
     return write_bundle(folder, bundle.record, files)
 
 # %% ../nbs/21_cli.ipynb #02baf1cd

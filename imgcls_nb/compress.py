@@ -149,7 +149,7 @@ def _own_thresholds(bundle: Bundle, small: bytes,
                     images: CompressionImages) -> tuple[Thresholds | None, Promise | None]:
     "When the smaller model is not sure: chosen anew on the images of the decision, as for the larger one."
     decision = bundle.record.runtimes['onnx'].decision
-    if decision is None or images.valid_targets is None: return None, None
+    if decision is None: return None, None
     promise, outputs = decision.promise, run_outputs(open_session(small), images.valid)
     familiarity = None if decision.familiarity is None else outputs['familiarity']
     asked = dict(precision=promise.required, confidence=promise.confidence) if promise else {}
@@ -195,7 +195,10 @@ def compress(
 ) -> Compression:
     "Make an INT8 version under guard, decide, measure on the test images, and keep it if it is good."
     images = data if isinstance(data, CompressionImages) else images_of(bundle, data)
-    source = (bundle.folder/bundle.record.runtimes['onnx'].file).read_bytes()
+    if bundle.record.runtimes['onnx'].decision and images.valid_targets is None:
+        raise InputError('This bundle says when it is not sure. For that a smaller version needs thresholds of '
+                         'its own, and for these, images whose classes are known.')
+    source = bundle.read_file(bundle.record.runtimes['onnx'].file)
     allowed = _resolvable(budget, len(images.valid))
     try: small = quantize_within(source, images.calibration, images.valid, images.valid_targets, allowed)
     except QuantizeError as error: return _refuse(bundle, str(error))

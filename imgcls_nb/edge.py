@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 
 from . import image as image_module
-from .bundle import Bundle, _read_file, load_bundle, plain, preferred_runtime
+from .bundle import Bundle, load_bundle, plain, preferred_runtime
 from .run import ImgclsError, InputError, whole_or_absent, write_json, write_text
 
 # %% ../nbs/11f_edge.ipynb #ed6e0012
@@ -578,7 +578,7 @@ def write_edge_folder(
     if target == 'onnx': facts['providers'] = ['CUDAExecutionProvider', 'CPUExecutionProvider']
     files = (_browser_files(facts) if target == 'browser' else
              _device_files(facts, target))
-    model = _read_file(bundle.folder, file, bundle.record.checksums[file])
+    model = bundle.read_file(file)
     try:
         with whole_or_absent(folder, folder=True) as partial:
             (partial/EDGE_TARGETS[target].model).write_bytes(model)

@@ -456,7 +456,7 @@ _SAVE_WEIGHTS = ("where you made it, write torch.save(model.state_dict(), 'weigh
 def read_weights(
     path: str | Path,  # .pth, .pt or .ckpt as `torch.save` writes it, or .safetensors
 ) -> dict[str, torch.Tensor]:  # name to tensor
-    "Named tensors from a file; nothing in it is executed, and a pickled model is refused."
+    "Named tensors from anybody's file; nothing in it is executed, and a pickled model is refused."
     path = Path(path)
     if not path.is_file(): raise InputError(f'There is no file of weights at {path}.')
     try: found = _read_tensors(path)
@@ -517,11 +517,11 @@ def load_model(
 ) -> nn.Module:  # takes normalised `float32 [N, C, H, W]`, gives logits `[N, K]`; in evaluation mode
     "The trained network of a bundle as a PyTorch module again."
     p, architecture = bundle.preprocessing, bundle.record.architecture
-    path = bundle.folder/'model.safetensors'
     try: model = create_model(architecture, len(bundle.classes), p.channels, (p.height, p.width))
     except InputError as error:
         raise InputError(f'{bundle.folder} holds a network that no name makes again: {error}') from error
-    return load_weights(model, read_weights(path), str(path)).eval()
+    name = 'model.safetensors'
+    return load_weights(model, load_safetensors(bundle.read_file(name)), str(bundle.folder/name)).eval()
 
 
 def load_whole(
@@ -531,11 +531,11 @@ def load_whole(
     "A bundle's network with everything that goes into its graph: normalisation, temperature, familiarity."
     model, p, fitted = model or load_model(bundle), bundle.preprocessing, bundle.record.calibration
     temperature = fitted.temperature if fitted else 1.0
-    path = bundle.folder/'familiarity.safetensors'
-    if path.name not in bundle.record.checksums:
+    statistics = 'familiarity.safetensors'
+    if statistics not in bundle.record.checksums:
         return PixelsToProbabilities(deepcopy(model).cpu().float(), p, temperature).eval()
     classes = len(bundle.classes)
-    score = _read_familiarity(path.read_bytes())
+    score = _read_familiarity(bundle.read_file(statistics))
     return PixelsToFamiliarity(with_features(model, classes), p, temperature, score, classes).eval()
 
 # %% ../nbs/09_export.ipynb #ea900041

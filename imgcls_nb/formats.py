@@ -38,6 +38,11 @@ class Format:
     calibrated: bool = False  # whether the conversion looks at images
     summary: str = ''  # what it is, in a line
 
+    @property
+    def rounds(self) -> bool:
+        "Whether its answers differ from the network's by more than the order of additions explains."
+        return self.half or self.calibrated
+
 
 FORMATS = {
     'tflite': Format('litert', 'model.tflite', summary='LiteRT, for phones and small devices'),
@@ -121,12 +126,13 @@ def _prove_format(name: str, wanted: Format, expected: dict, found: dict) -> Non
                       f'{wanted.same_class:.1%}). Nothing was added to the bundle.')
 
 # %% ../nbs/09a_formats.ipynb #ff900014
-def _decision_of(bundle: Bundle, found: dict, targets: np.ndarray | None) -> Decision | None:
-    "When the new runtime is not sure: the same thresholds, counted again where the classes are known."
+def _decision_of(bundle: Bundle, wanted: Format, found: dict, targets: np.ndarray | None) -> Decision | None:
+    "When the new runtime is not sure: the same thresholds, counted again; a promise is not kept by rounding."
     decision = bundle.record.runtimes['onnx'].decision
     if decision is None or targets is None: return decision
     thresholds = Thresholds(decision.probability, decision.familiarity)
-    return _decision(thresholds, decision.promise, found['probabilities'], found.get('familiarity'), targets)
+    promise = None if wanted.rounds else decision.promise
+    return _decision(thresholds, promise, found['probabilities'], found.get('familiarity'), targets)
 
 
 def _expected(bundle: Bundle, whole: nn.Module | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -145,7 +151,10 @@ def add_format(
 ) -> Bundle:  # the bundle as it is now
     "Convert, prove on held-out images, measure, and put the runtime into the bundle; or leave it as it is."
     wanted, whole = check_format(name), None
-    if wanted.file == 'model.onnx': data = (bundle.folder/'model.onnx').read_bytes()
+    if wanted.rounds and targets is None and bundle.record.runtimes['onnx'].decision:
+        raise InputError(f'{name} rounds, so what its sure answers are worth has to be counted again: '
+                         'give images whose classes are known.')
+    if wanted.file == 'model.onnx': data = bundle.read_file('model.onnx')
     else:
         whole = load_whole(bundle, model)
         _check_same_network(bundle, whole, pixels)
@@ -185,4 +194,4 @@ def _measured(bundle: Bundle, wanted: Format, data: bytes, engine: Engine, expec
     return Runtime(file=wanted.file, bytes=len(data), engine=wanted.engine, half=wanted.half,
                    parity=compare_probabilities(expected['probabilities'], found['probabilities']),
                    accuracy=_accuracy(found['probabilities'], targets), latency_ms=median, latency_ms_p95=p95,
-                   decision=_decision_of(bundle, found, targets))
+                   decision=_decision_of(bundle, wanted, found, targets))

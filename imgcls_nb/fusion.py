@@ -59,7 +59,7 @@ class FusionNet(nn.Module):
 
     def forward(self, inputs: Sequence[torch.Tensor], present: torch.Tensor | None = None) -> torch.Tensor:
         "Logits `[N, K]`; `present` `[N, sources]` says which sources are there, all by default."
-        if present is None: present = torch.ones(len(inputs[0]), len(inputs), dtype=torch.bool)
+        if present is None: present = torch.ones(len(inputs[0]), len(inputs), dtype=torch.bool, device=inputs[0].device)
         if self.training and self.missing: present = _take_away(present, self.missing)
         parts = [torch.where(present[:, [k]], branch(x), stand_in)
                  for k, (branch, x, stand_in) in enumerate(zip(self.branches, inputs, self.stand_ins))]
@@ -69,8 +69,8 @@ class FusionNet(nn.Module):
 def _take_away(present: torch.Tensor, share: float) -> torch.Tensor:
     "Of a share of the examples take one source at random, unless it is the last one."
     chosen = F.one_hot(torch.randint(present.shape[1], (len(present),)), present.shape[1]).bool()
-    left = present & ~chosen
-    take = (torch.rand(len(present)) < share) & left.any(1)
+    left = present & ~chosen.to(present.device)
+    take = (torch.rand(len(present)) < share).to(present.device) & left.any(1)
     return torch.where(take[:, None], left, present)
 
 # %% ../nbs/15a_fusion.ipynb #f15a0018
@@ -82,6 +82,7 @@ def train_fusion(
     learning_rate: float = 5e-3,  # the highest one of the schedule
     batch_size: int = 64,
     seed: int = 0,  # of the order and the dropout
+    present: torch.Tensor | None = None,  # which sources are there, `bool [N, sources]`; all by default
 ) -> nn.Module:  # the same one, in evaluation mode
     "Train all branches together with AdamW and a one-cycle schedule."
     steps = epochs * -(-len(targets) // batch_size)
@@ -91,7 +92,8 @@ def train_fusion(
     model.train()
     for _ in range(epochs):
         for rows in torch.randperm(len(targets)).split(batch_size):
-            F.cross_entropy(model([x[rows] for x in inputs]), targets[rows]).backward()
+            there = None if present is None else present[rows]
+            F.cross_entropy(model([x[rows] for x in inputs], there), targets[rows]).backward()
             optimizer.step(), schedule.step(), optimizer.zero_grad()
     return model.eval()
 
@@ -102,7 +104,7 @@ def fusion_probabilities(
     present: torch.Tensor | None = None,  # which are there, `bool [N, sources]`; all by default
 ) -> np.ndarray:  # `float32 [N, K]`
     "Probabilities for examples of which some sources may be missing."
-    with torch.inference_mode(): return model(inputs, present).softmax(1).numpy()
+    with torch.inference_mode(): return model(inputs, present).softmax(1).cpu().numpy()
 
 # %% ../nbs/15a_fusion.ipynb #f15a0028
 @dataclass(frozen=True, repr=False)

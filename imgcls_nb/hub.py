@@ -16,8 +16,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, deserialize
 
-from .bundle import (_FILE_LIMIT, _RECORD_LIMIT, Bundle, _check_name, _check_place, _read_file,
-                              _read_plain, _read_record, load_bundle)
+from .bundle import (_FILE_LIMIT, _RECORD_LIMIT, Bundle, _check_name, _check_place, _read_plain,
+                              _read_record, load_bundle)
 from .run import InputError, whole_or_absent
 from .runtimes import _one_line
 
@@ -51,8 +51,7 @@ def hub_operations(
     record = bundle.folder/'bundle.json'
     if _read_record(bundle.folder) != bundle.record:
         raise InputError(f'{record} has changed since the bundle was opened. Open it again.')
-    files = {name: _read_file(bundle.folder, name, checksum)
-             for name, checksum in bundle.record.checksums.items()}
+    files = {name: bundle.read_file(name) for name in bundle.record.checksums}
     check_card(files.get('README.md', b'').decode(errors='replace'))
     for name, data in files.items():
         if name.endswith('.safetensors'): check_safetensors(name, data)

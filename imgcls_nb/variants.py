@@ -276,7 +276,7 @@ def measure_bundle(
     networks, absent = _open_runtimes(bundle, threads)
     runtimes = bundle.record.runtimes
     graph = next((each.file for each in runtimes.values() if each.file.endswith('.onnx')), None)
-    known = graph_cost((bundle.folder/graph).read_bytes()) if graph else dict(parameters=0, multiply_adds=0)
+    known = graph_cost(bundle.read_file(graph)) if graph else dict(parameters=0, multiply_adds=0)
     costs = {name: dict(bytes=runtimes[name].bytes, **known) for name in networks}
     found = _measure(networks, costs, next(iter(networks)), pixels, targets, turns, batches)
     return replace(found, absent=absent)

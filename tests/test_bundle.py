@@ -106,6 +106,14 @@ def test_no_labelled_images_no_accuracy(bundle):
     assert bundle.predictor().predict([])  == []
 
 
+def test_tiny_figures_are_numbers_for_every_reader_of_the_card():
+    import yaml
+    tiny = Figure(value=1e-05, low=0, high=2e-05)
+    card = model_card(record(name='worth 1e-05, "they" say', metrics=dict(error=tiny)))
+    index = yaml.safe_load(card.split('---')[1])['model-index'][0]
+    assert index['results'][0]['metrics'][0]['value'] == 1e-05 and index['name'] == 'worth 1e-05, "they" say'
+
+
 def test_the_card_tells_of_every_threshold():
     def section(**fields): return model_card(record(**fields)).partition('## When it says not sure')[2].partition('##')[0]
     decision = Decision(probability=0.8, familiarity=None, promise=None, sure=Figure(value=0.9, low=0.8, high=1.0), precision=None)

@@ -1,11 +1,12 @@
 "Versions side by side, the choice between them, and bundles made smaller from a table or from folders."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from imgcls_nb.bundle import add_runtime, load_bundle, prefer
+from imgcls_nb.bundle import Decision, Figure, add_runtime, load_bundle, prefer
 from imgcls_nb.cli import main
 from imgcls_nb.compress import choose, compress, images_in
 from imgcls_nb.evaluate import Estimate, evaluate
@@ -165,6 +166,15 @@ def test_a_picture_in_both_folders_is_refused(trained, bundle, tmp_path):
 def test_what_is_missing_is_said(bundle, options, says, capsys):
     assert main(['compress', str(bundle.folder), *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_bundle_that_is_sometimes_not_sure_stays_so(trained, bundle):
+    from imgcls_nb.compress import images_of
+    sure = Decision(probability=0.9, familiarity=None, promise=None, sure=Figure(value=0.9, low=0.8, high=1), precision=None)
+    runtime = bundle.record.runtimes['onnx'].model_copy(update=dict(decision=sure))
+    careful = replace(bundle, record=bundle.record.model_copy(update=dict(runtimes=dict(onnx=runtime))))
+    images = replace(images_of(bundle, trained[1].data), valid_targets=None)
+    with pytest.raises(InputError, match='whose classes are known'): compress(careful, images)
 
 
 def test_a_loss_that_the_test_images_prove_is_a_veto(trained, bundle):

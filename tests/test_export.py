@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from safetensors.torch import save
 from torch import nn
 
 from conftest import assert_no_leftovers, assert_sentence, imgcls
@@ -240,6 +241,19 @@ def test_nothing_is_unpickled(small, tmp_path):
     torch.save([1, 2], tmp_path/'list.pth')
     with pytest.raises(InputError, match='no named tensors'): read_weights(tmp_path/'list.pth')
     with pytest.raises(InputError, match='no file'): read_weights(tmp_path/'absent.pth')
+
+
+@pytest.mark.parametrize('content', ['a pickle', 'other weights', 'a link'])
+def test_a_bundle_of_other_weights_is_not_made_again(small, content, tmp_path):
+    "What is trained on, quantised or converted later is what was exported, and never a pickle."
+    model, p, pixels, targets = small
+    bundle = export_module(model, CLASSES, p, pixels, tmp_path/'b', targets, architecture='small_cnn')
+    path, state = bundle.folder/'model.safetensors', dict(model.state_dict())
+    if content == 'a pickle': torch.save(state, path)
+    elif content == 'a link': path.rename(path := tmp_path/'elsewhere'), (bundle.folder/'model.safetensors').symlink_to(path)
+    else: path.write_bytes(save({name: tensor + 1 for name, tensor in state.items()}))
+    with pytest.raises(InputError, match=r'model\.safetensors is (a link|not the file)'): load_model(bundle)
+    with pytest.raises(InputError, match=r'model\.safetensors is (a link|not the file)'): load_whole(bundle)
 
 
 def test_weights_that_do_not_fit_are_named(small):

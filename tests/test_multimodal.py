@@ -290,6 +290,20 @@ def test_modality_dropout_teaches_to_live_without():
     with pytest.raises(InputError): FusionNet([torch.nn.Linear(3, 4)], [4], 2, missing=1.5)
 
 
+def test_training_with_sources_that_are_not_there():
+    "What stands in place of a missing source in the training is never looked at."
+    torch.manual_seed(0)
+    targets, there = torch.arange(400) % 2, torch.rand(400) < 0.5
+    first = targets[:, None] * 2 - 1 + 0.1 * torch.randn(400, 3)
+    def probabilities(rubbish):
+        torch.manual_seed(0)
+        model = FusionNet([torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)], [4, 4], 2)
+        present = torch.stack([there, torch.ones(400, dtype=torch.bool)], 1)
+        inputs = [torch.where(there[:, None], first, rubbish), torch.randn(400, 3, generator=torch.Generator().manual_seed(1))]
+        return fusion_probabilities(train_fusion(model, inputs, targets, epochs=5, present=present), inputs, present)
+    assert np.array_equal(probabilities(0.0), probabilities(100.0))
+
+
 labels = np.array(['cat', 'dog'])[rng.integers(0, 2, 400)]
 
 

@@ -833,7 +833,7 @@ def serve_command(args: argparse.Namespace) -> int:
     "`imgcls serve BUNDLE`: the web service and its page."
     from imgcls_nb.serve import ServiceOptions
     from imgcls_nb.server import serve
-    keys = tuple(key for key in os.environ.get('IMGCLS_API_KEYS', '').split(',') if key.strip())
+    keys = tuple(key.strip() for key in os.environ.get('IMGCLS_API_KEYS', '').split(',') if key.strip())
     limits = replace(ServiceOptions().limits, max_bytes=args.max_megabytes * 1_000_000)
     options = ServiceOptions(args.runtime, args.workers, args.threads, args.batch, args.latency / 1000,
                              limits=limits, keys=keys, origins=tuple(args.cors))

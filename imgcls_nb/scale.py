@@ -29,6 +29,7 @@ from pathlib import Path
 from .bundle import Bundle, Predictor, load_bundle, preferred_runtime
 from .run import ImgclsError, InputError, whole_or_absent, write_json
 from .serve import ServiceOptions, create_app
+from .task import _cores
 
 # %% ../nbs/11g_scale.ipynb #5ca1e013
 def _walk(root: Path) -> Iterator[str]:
@@ -426,7 +427,7 @@ def predict_many(
     for path in out.glob('.*.partial-*'): path.unlink(missing_ok=True)
     job = dict(job, bundle=os.path.abspath(bundle), out=str(out))
     left = sum(rows for _, _, rows in _todo(out, manifest))
-    before, processes = manifest['rows'] - left, processes or _processors()
+    before, processes = manifest['rows'] - left, processes or _cores()
     run = _run_ray(job, _todo(out, manifest), processes) if engine == 'ray' else \
         _run_local(job, (task[:2] for task in _todo(out, manifest)), processes)
     done = before
@@ -450,11 +451,6 @@ def _check_batch(engine: str, processes: int | None, top: int, shard_rows: int) 
         raise InputError(f'There is no engine {engine!r}: choose local, ray or auto.')
     for name, value in dict(processes=processes, top=top, shard_rows=shard_rows).items():
         if value is not None and value < 1: raise InputError(f'{name} is at least 1, not {value}.')
-
-
-def _processors() -> int:
-    "Processors that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/11g_scale.ipynb #5ca1e056
 def _deployment(bundle: str, options: ServiceOptions, replicas: dict):

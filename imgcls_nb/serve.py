@@ -41,6 +41,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .bundle import Bundle, load_bundle, preferred_runtime
 from .image import Limits
 from .page import page_html, page_policy
+from .run import InputError
 from .workers import SERVICE_LIMITS, Answer, Busy, WorkerPool, _log, refused
 
 # %% ../nbs/11_serve.ipynb #5e000001
@@ -490,6 +491,7 @@ def create_app(
 ) -> FastAPI:
     "A web service around a bundle: `/predict`, `/health`, `/ready`, `/info`, `/metrics`, and a page."
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    if any(len(key.split()) != 1 for key in options.keys): raise InputError('A key is one word, without spaces.')
     service, name = Service(bundle, options), bundle.record.name
 
     @asynccontextmanager

@@ -159,6 +159,16 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service, bundle: Path, watch: bool):
         super().__init__(config)
         self.service, self.bundle, self.watch, self._files = service, bundle, watch, _files_of(bundle)
+        self.by_platform, self.problem = False, None
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        self.by_platform = sig == signal.SIGTERM
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets=None) -> None:
+        try: await self.service.pool.start()
+        except (InputError, OSError) as error: self.problem, self.should_exit = error, True
+        else: await super().startup(sockets)
 
     async def main_loop(self) -> None:
         print(self.hello, flush=True)
@@ -202,10 +212,10 @@ async def _watch(self: _Server) -> None:
 async def shutdown(self: _Server, sockets=None) -> None:
     "Every answer says goodbye for a while; then nobody is let in; then the rest is finished."
     self.service.closing = True
-    await self._until_none(lambda each: True, DRAIN_SECONDS)
+    await self._wait(DRAIN_SECONDS, self._announced)
     await self._close_the_door()
-    await self._until_none(lambda each: True, 0.5)
-    await self._until_none(lambda each: each.cycle is None, LATE_SECONDS)
+    await self._wait(0.5, self._nobody)
+    await self._wait(LATE_SECONDS, lambda: all(each.cycle for each in self.server_state.connections))
     await uvicorn.Server.shutdown(self, sockets)
 
 
@@ -233,11 +243,21 @@ async def _close_the_door(self: _Server) -> None:
 
 # %% ../nbs/11c_server.ipynb #5e1c0034
 @patch
-async def _until_none(self: _Server, of: Callable[[CarefulProtocol], bool], seconds: float) -> None:
-    "Wait until no connection is such a one, but not for ever; a machine that stands still takes nobody's time away."
+async def _wait(self: _Server, seconds: float, done: Callable[[], bool]) -> None:
+    "Until something is so, but not for ever; a machine that stands still takes nobody's time away."
     for _ in range(round(seconds / 0.02)):
-        if self.force_exit or not any(map(of, self.server_state.connections)): return
+        if self.force_exit or done(): return
         await asyncio.sleep(0.02)
+
+
+@patch
+def _nobody(self: _Server) -> bool: return not self.server_state.connections
+
+
+@patch
+def _announced(self: _Server) -> bool:
+    "A platform's balancer needs the whole time to hear of it; a person at the keyboard does not wait for one."
+    return not self.by_platform and self._nobody()
 
 # %% ../nbs/11c_server.ipynb #5e1c0005
 class _JsonLines(logging.Formatter):
@@ -296,3 +316,4 @@ def serve(
     name, (host, port) = app.state.service.bundle.record.name, listening.getsockname()[:2]
     server.hello = f'Serving {name} at http://{host}:{port} (Ctrl-C stops it)'
     server.run(sockets=[listening])
+    if server.problem: raise InputError(str(server.problem)) from server.problem

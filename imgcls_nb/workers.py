@@ -36,6 +36,7 @@ from fastcore.basics import patch
 from .bundle import Bundle, Prediction, Predictor, load_bundle
 from .image import ImageError, Limits
 from .run import InputError
+from .task import _cores
 
 # %% ../nbs/11a_workers.ipynb #11a00002
 SERVICE_LIMITS = Limits(max_bytes=10_000_000, max_pixels=50_000_000)
@@ -157,11 +158,14 @@ def _without_fail(predictor: Predictor, images: list[tuple[bytes, int]], limits:
         return [refused(500, 'The service failed; its log says why.', 'failed')]
 
 
+_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+
+
 def work(
     options: str,  # JSON: folder, runtime, threads and limits
 ) -> None:
     "What a worker does: open the bundle, say so, and answer batches from stdin until there are no more."
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+    for number in _SIGNALS: signal.signal(number, signal.SIG_IGN)
     output = os.fdopen(os.dup(1), 'wb')
     os.dup2(2, 1)  # what anything prints goes to the log, not between the answers
     warnings.simplefilter('ignore')
@@ -281,7 +285,7 @@ class WorkerPool:
         observe: Callable[[int, float], None] | None = None,  # told the size and the seconds of each batch
     ):
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        self.workers, self.batch = workers or os.cpu_count(), batch
+        self.workers, self.batch = workers or _cores(), batch
         self.latency, self.patience = latency, patience
         self.runtime, self.restarts, self.seconds_per_image, self.observe = runtime, 0, 0.0, observe
         self._options = dict(runtime=runtime, threads=threads, limits=asdict(limits))
@@ -482,7 +486,8 @@ async def _replace(self: WorkerPool, generation: int) -> None:
         wanted = generation == self._generation and not self._closing
         if wanted and said['fingerprint'] == self._fingerprint: return self._enlist([worker])
         worker.kill()
-        pause = 5.0  # the folder holds another version, which nobody has asked for
+        if wanted and not pause: _log.error('No worker is started: the folder holds another version.')
+        pause = 5.0  # until somebody asks for that version
 
 # %% ../nbs/11a_workers.ipynb #11a00010
 @patch
@@ -493,8 +498,8 @@ async def _watch(self: WorkerPool) -> None:
         await asyncio.sleep(0.1)
         for worker in self._ready:
             if worker.batches and loop.time() - worker.since > self.patience: worker.kill()
-        while self._waiting and loop.time() - self._waiting[0].arrived > self._longest(self._waiting[0]):
-            job = self._waiting.popleft()
+        for job in [each for each in self._waiting if loop.time() - each.arrived > self._longest(each)]:
+            self._waiting.remove(job)
             if not job.answer.done(): job.answer.set_exception(Busy(self.latency))
         self._dispatch()  # the worker they were kept for may hang
 

@@ -1,5 +1,6 @@
 "A service in trouble: workers that die or hang, bundles that change, a farewell in the middle of work. Nobody's request is lost."
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,6 @@ import pytest
 from PIL import Image
 
 from conftest import free_port, serving, started
-from imgcls_nb.server import DRAIN_SECONDS
 from samples import encoded, patch
 
 PICTURE = encoded(patch('brick', 2, 32), 'PNG')
@@ -148,7 +148,7 @@ def test_workers_that_are_killed(start, how_many):
         assert len(workers_of(process)) == 2
 
 
-@pytest.mark.parametrize('workers, patience', [(2, 1), (1, 12)])
+@pytest.mark.parametrize('workers, patience', [(2, 1), (1, 25)])
 def test_a_worker_that_hangs(digits_run, workers, patience):
     "It is stopped, not dead: after `patience` it is ended, and its images are answered by another, be it one that has yet to start."
     from imgcls_nb.workers import WorkerPool
@@ -237,6 +237,20 @@ def test_a_farewell_under_load(start, keep_alive, number):
         assert tally.refused and not any(each.is_running() for each in family)
 
 
+async def until_refused(port: int) -> list[bytes]:
+    "What `/ready` said, until nobody is let in any more."
+    heard, end = [], asyncio.get_running_loop().time() + HANG
+    while asyncio.get_running_loop().time() < end:
+        try: reader, writer = await asyncio.open_connection('127.0.0.1', port)
+        except OSError: return heard
+        with contextlib.suppress(OSError):  # let in, and cut off before it could ask
+            writer.write(b'GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+            if head := (await reader.read())[:12]: heard.append(head)
+        writer.close()
+        await asyncio.sleep(0.02)
+    raise AssertionError('the door stays open')
+
+
 def test_a_guest_who_asks_late(start):
     "Who was let in before the door closed, and is slow to speak, still has an answer; who has one already does not hold it up."
     port, service = start()
@@ -246,14 +260,39 @@ def test_a_guest_who_asks_late(start):
             idle, late = [await asyncio.open_connection('127.0.0.1', port) for _ in range(2)]
             await before.ask(*idle, asked())
             process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(DRAIN_SECONDS + 1)
-            with pytest.raises(OSError): await asyncio.open_connection('127.0.0.1', port)
+            await until_refused(port)
+            await asyncio.sleep(1)
             await tally.ask(*late, asked())
             await asyncio.to_thread(process.wait, HANG)
             return tally, before
         tally, before = asyncio.run(linger())
         fine(tally)
         fine(before)
+
+
+def test_an_idle_service_says_that_it_goes(start):
+    "A balancer that asks now and then hears 503 before nobody answers any more."
+    port, service = start()
+    with service as process:
+        process.send_signal(signal.SIGTERM)
+        heard = asyncio.run(until_refused(port))
+    assert heard.count(b'HTTP/1.1 503') > 1 and heard[-1] == b'HTTP/1.1 503'
+
+
+def test_workers_let_signals_pass(start):
+    "A terminal that is closed, or Ctrl-C, reaches all processes; the workers leave it to the service."
+    port, service = start()
+    with service as process:
+        family = workers_of(process)
+        for worker in family:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM): worker.send_signal(number)
+        async def ask():
+            tally = Tally()
+            door = await asyncio.open_connection('127.0.0.1', port)
+            for _ in range(10): await tally.ask(*door, asked())
+            door[1].close()
+            return tally
+        assert asyncio.run(ask()).answers == {200: 10} and workers_of(process) == family
 
 
 def test_more_than_can_be_done(start):

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from conftest import free_port, serving
+from conftest import assert_sentence, free_port, imgcls, serving
+from imgcls_nb.run import InputError
+from imgcls_nb.serve import ServiceOptions, create_app
 from samples import MODES, encoded, in_mode, patch, truncated_jpeg
 from test_images import png_that_claims
 
@@ -129,3 +131,12 @@ def test_a_form_is_answered_whole_or_not_begun(digits_run):
         with ThreadPoolExecutor(4) as pool: replies = list(pool.map(lambda _: client.post('/predict', files=form), range(8)))
     assert {reply.status_code for reply in replies} == {200, 503}
     assert all(len(reply.json()['answers']) == 12 for reply in replies if reply.status_code == 200)
+
+
+def test_what_cannot_be_served_is_said_at_once(digits_run):
+    assert_sentence(imgcls('serve', digits_run['bundle'], '--port', free_port(), '--runtime', 'nope'), "no runtime 'nope'", 'onnx')
+
+
+@pytest.mark.parametrize('key', ['', ' ', 'open sesame'])
+def test_a_key_is_a_word(digits_run, key):
+    with pytest.raises(InputError, match='one word'): create_app(digits_run['bundle'], ServiceOptions(keys=('good', key)))

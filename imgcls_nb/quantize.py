@@ -438,17 +438,16 @@ def _search_layers(search: _Search, method: str, budget: float, largest: float) 
     "Leave 1, 2, 4, ... of the worst layers in float until it is good, then look for the fewest."
     first = next(i for i, a in enumerate(search.attempts) if a.method == method)
     layers = rank_layers(search.source, search.files[first], search.calibration[:16])
-    few, many, found = 0, 1, None
-    while found is None or many - few > 1:
-        count = many if found is None else (few + many) // 2
-        if count >= len(layers):
-            raise _refuse(search, budget, largest, 'every layer would have to stay in float.')
+    few, many, found, why = 0, len(layers), None, 'every layer would have to stay in float.'
+    while many - few > 1:  # `few` are too few; `many` are enough, or more than there may be
+        doubled = max(1, 2 * few)
+        count = doubled if found is None and doubled < many else (few + many) // 2
         a = search.attempt(method, layers['layer'].tolist()[:count])
         if a.bytes > largest * len(search.source):
-            raise _refuse(search, budget, largest, f'leaving more in float would exceed {largest:.0%} of it.')
-        if a.lost.value <= budget: many, found = count, len(search.attempts) - 1
-        elif found is None: few, many = count, 2 * count
+            many, why = count, f'leaving more in float would exceed {largest:.0%} of it.'
+        elif a.lost.value <= budget: many, found = count, len(search.attempts) - 1
         else: few = count
+    if found is None: raise _refuse(search, budget, largest, why)
     return found, layers
 
 # %% ../nbs/10_quantize.ipynb #q1000012

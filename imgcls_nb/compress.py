@@ -196,8 +196,8 @@ def compress(
     "Make an INT8 version under guard, decide, measure on the test images, and keep it if it is good."
     images = data if isinstance(data, CompressionImages) else images_of(bundle, data)
     if bundle.record.runtimes['onnx'].decision and images.valid_targets is None:
-        raise InputError('This bundle says when it is not sure. For that a smaller version needs thresholds of '
-                         'its own, and for these, images whose classes are known.')
+        raise InputError('This bundle says when it is not sure. A smaller version needs its own thresholds '
+                         'for that, and for these, images whose classes are known.')
     source = bundle.read_file(bundle.record.runtimes['onnx'].file)
     allowed = _resolvable(budget, len(images.valid))
     try: small = quantize_within(source, images.calibration, images.valid, images.valid_targets, allowed)

@@ -59,7 +59,8 @@ class FusionNet(nn.Module):
 
     def forward(self, inputs: Sequence[torch.Tensor], present: torch.Tensor | None = None) -> torch.Tensor:
         "Logits `[N, K]`; `present` `[N, sources]` says which sources are there, all by default."
-        if present is None: present = torch.ones(len(inputs[0]), len(inputs), dtype=torch.bool, device=inputs[0].device)
+        if present is None:
+            present = inputs[0].new_ones(len(inputs[0]), len(inputs), dtype=torch.bool)
         if self.training and self.missing: present = _take_away(present, self.missing)
         parts = [torch.where(present[:, [k]], branch(x), stand_in)
                  for k, (branch, x, stand_in) in enumerate(zip(self.branches, inputs, self.stand_ins))]

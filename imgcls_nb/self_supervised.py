@@ -251,7 +251,7 @@ def simclr_learner(
     architecture: str | nn.Module | None = None,  # as for `image_learner`, or a network of your own
     pretrained: bool = False,  # begin with ImageNet weights
     size: int | None = None,  # side of the input in pixels; chosen for the data by default
-    batch_size: int | None = None,  # images, each seen twice; up to 256; the paper's are larger still; if few, try 16
+    batch_size: int | None = None,  # images, each seen twice; up to 256, fewer than in the paper; try 16
     views: str | list | None = None,  # one of `VIEWS` or transforms; by default those for this kind of data
     temperature: float = 0.5,  # of NT-Xent
     outputs: int | None = 64,  # of the projection head, as in the paper; None for no head, to try if few

@@ -491,7 +491,8 @@ def create_app(
 ) -> FastAPI:
     "A web service around a bundle: `/predict`, `/health`, `/ready`, `/info`, `/metrics`, and a page."
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    if any(len(key.split()) != 1 for key in options.keys): raise InputError('A key is one word, without spaces.')
+    if any(len(key.split()) != 1 for key in options.keys):
+        raise InputError('A key is one word, without spaces.')
     service, name = Service(bundle, options), bundle.record.name
 
     @asynccontextmanager

@@ -256,7 +256,7 @@ def _nobody(self: _Server) -> bool: return not self.server_state.connections
 
 @patch
 def _announced(self: _Server) -> bool:
-    "A platform's balancer needs the whole time to hear of it; a person at the keyboard does not wait for one."
+    "A platform's balancer needs the whole time to hear of it; a person does not wait for one."
     return not self.by_platform and self._nobody()
 
 # %% ../nbs/11c_server.ipynb #5e1c0005

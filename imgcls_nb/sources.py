@@ -20,6 +20,7 @@ import http.client
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import tarfile
@@ -252,6 +253,16 @@ def _checked_members(archive: tarfile.TarFile, name: str, limits: UnpackLimits) 
         yield member
 
 # %% ../nbs/02b_sources.ipynb #1d2f10d3
+def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    "Write one file or folder; nothing of it is kept but its name and its content."
+    target = Path(os.path.normpath(folder/member.name.lstrip('/')))
+    if not target.is_relative_to(folder):
+        raise InputError(f'{Path(archive.name).name} would write {member.name!r} outside of its folder.')
+    (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+    if member.isdir(): return
+    with archive.extractfile(member) as content, target.open('wb') as file: shutil.copyfileobj(content, file)
+
+
 def unpack(
     path: Path,  # a tar archive, compressed or not
     folder: Path,  # where its content will be; if it is there, nothing is done
@@ -259,13 +270,10 @@ def unpack(
 ) -> Path:  # `folder`, whole
     "Unpack an archive that need not be trusted; raises `InputError`, and then leaves nothing."
     if folder.is_dir(): return folder
-    if not hasattr(tarfile, 'data_filter'): raise InputError('Update Python: this one cannot unpack safely.')
     try:
         with whole_or_absent(folder, folder=True) as partial, tarfile.open(path, 'r:*') as archive:
             for member in _checked_members(archive, path.name, limits):
-                archive.extract(member, partial, filter='data')
-    except tarfile.FilterError as error:
-        raise InputError(f'{path.name} would write outside of its folder ({error}).') from error
+                _extract(archive, member, partial)
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise InputError(f'{path} is not a whole tar archive ({error}): download it again.') from error
     except OSError as error:

@@ -498,8 +498,8 @@ async def _watch(self: WorkerPool) -> None:
         await asyncio.sleep(0.1)
         for worker in self._ready:
             if worker.batches and loop.time() - worker.since > self.patience: worker.kill()
-        for job in [each for each in self._waiting if loop.time() - each.arrived > self._longest(each)]:
-            self._waiting.remove(job)
+        while self._waiting and loop.time() - self._waiting[0].arrived > self._longest(self._waiting[0]):
+            job = self._waiting.popleft()
             if not job.answer.done(): job.answer.set_exception(Busy(self.latency))
         self._dispatch()  # the worker they were kept for may hang
 

@@ -148,7 +148,7 @@ def test_workers_that_are_killed(start, how_many):
         assert len(workers_of(process)) == 2
 
 
-@pytest.mark.parametrize('workers, patience', [(2, 1), (1, 25)])
+@pytest.mark.parametrize('workers, patience', [(2, 1), (1, 12)])
 def test_a_worker_that_hangs(digits_run, workers, patience):
     "It is stopped, not dead: after `patience` it is ended, and its images are answered by another, be it one that has yet to start."
     from imgcls_nb.workers import WorkerPool

@@ -255,6 +255,7 @@ def _checked_members(archive: tarfile.TarFile, name: str, limits: UnpackLimits) 
 # %% ../nbs/02b_sources.ipynb #1d2f10d3
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
     "Write one file or folder; nothing of it is kept but its name and its content."
+    folder = folder.resolve()
     target = Path(os.path.normpath(folder/member.name.lstrip('/')))
     if not target.is_relative_to(folder):
         raise InputError(f'{Path(archive.name).name} would write {member.name!r} outside of its folder.')

@@ -196,6 +196,11 @@ def test_members_that_climb_out(tmp_path, name):
     assert_no_leftovers(tmp_path)
 
 
+def test_a_folder_may_be_named_in_a_roundabout_way(tmp_path):
+    (tmp_path/'deep').mkdir()
+    assert (unpack(archive(tmp_path/'a.tgz', {'ok.txt': b'x'}), tmp_path/'deep'/'..'/'a')/'ok.txt').read_bytes() == b'x'
+
+
 def test_links_are_refused(tmp_path):
     path = archive(tmp_path/'a.tgz', {'ok.txt': b'x'}, link='/etc')
     with pytest.raises(InputError, match='neither a file nor a folder'): unpack(path, tmp_path/'a')

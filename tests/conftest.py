@@ -8,9 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from filelock import FileLock
@@ -32,33 +30,11 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return min(4, CORES)
 
 
-def imgcls(*args, cwd=None, timeout=600) -> subprocess.CompletedProcess:
-    "Run the command in a process of its own; stdout and stderr come back as text."
-    args, environment = [*map(str, args)], {**os.environ, **OFFLINE, 'PYTHONUTF8': '1'}
-    if not hasattr(os, 'fork') or _environment() != ENVIRONMENT:  # some of it is read by imports
-        return subprocess.run([IMGCLS, *args], cwd=cwd, timeout=timeout, text=True, capture_output=True, encoding='utf-8',
-                              env=environment)
-    with TemporaryDirectory() as folder:
-        said = [Path(folder)/name for name in ('stdout', 'stderr')]
-        job = dict(args=args, cwd=str(cwd or os.getcwd()), environment=environment, stdout=str(said[0]), stderr=str(said[1]),
-                   timeout=timeout)
-        warm = _warm_process()
-        warm.stdin.write(json.dumps(job) + '\n')
-        warm.stdin.flush()
-        code = int(warm.stdout.readline())
-        return subprocess.CompletedProcess([IMGCLS, *args], code, *[path.read_text('utf-8') for path in said])
-
-
-def _environment() -> dict[str, str]:
-    "The environment, without what pytest notes in it for each test."
-    return {name: value for name, value in os.environ.items() if not name.startswith('PYTEST_')}
-
-
-@cache
-def _warm_process() -> subprocess.Popen:
-    "A process that forks for each command; it ends with its stdin, and so with this one."
-    return subprocess.Popen([sys.executable, Path(__file__).with_name('warm.py')], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, env={**os.environ, **OFFLINE, 'PYTHONUTF8': '1'})
+def imgcls(*args, cwd=None, timeout=600, **options) -> subprocess.CompletedProcess:
+    "Run the command as a user does; stdout and stderr come back as text."
+    command = [IMGCLS, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, timeout=timeout, text=True, capture_output=True, encoding='utf-8',
+                          env={**os.environ, **OFFLINE, 'PYTHONUTF8': '1'}, **options)
 
 
 def assert_sentence(result: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
@@ -73,8 +49,6 @@ def assert_sentence(result: subprocess.CompletedProcess, *words: str, code: int 
 def assert_no_leftovers(folder: Path) -> None:
     "Nothing half-written anywhere below a folder."
     assert not [path for path in folder.rglob('*') if '.partial-' in path.name]
-
-ENVIRONMENT = _environment()
 
 
 @pytest.fixture(scope='session')

@@ -12,8 +12,10 @@ __all__ = ['RUNTIME_HEADING', 'LABEL_NETWORK', 'LABEL_SIZE', 'MODEL_HEADING', 'S
 
 # %% ../nbs/21_cli.ipynb #9b0ebba6
 import argparse
+import atexit
 import contextlib
 import errno
+import gc
 import itertools
 import json
 import os
@@ -1334,10 +1336,17 @@ def _explain(error: BaseException) -> tuple[str, int]:
     return f'unexpected {kind}: {text[:300]} (imgcls --debug shows where; please report it).', 1
 
 # %% ../nbs/21_cli.ipynb #7ddfa904
+def _collect_seldom() -> None:
+    "For a process of its own: what importing PyTorch makes stays, so it is seldom searched for garbage."
+    gc.set_threshold(20_000, 20, 100)
+    atexit.register(gc.freeze)
+
+
 def main(argv: list[str] | None = None) -> int:
     "The `imgcls` command: 0 on success, otherwise one sentence on stderr."
     args = make_parser().parse_args(argv)
     if not args.debug: warnings.simplefilter('ignore')
+    if argv is None and args.command not in (predict_command, serve_command): _collect_seldom()
     with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, signal.default_int_handler)
     try: return args.command(args)
     except BrokenPipeError:  # the reader of a pipe has gone

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from filelock import FileLock
@@ -23,6 +25,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os
 # Tests run side by side, and PyTorch's threads wait for each other by spinning: together they must not want more than all cores.
 if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'): os.environ.setdefault('OMP_NUM_THREADS', str(max(1, CORES // int(workers))))
 OFFLINE = dict(HF_HUB_OFFLINE='1', PYTHONWARNINGS='default')
+COMMAND = dict(OFFLINE, PYTHONUTF8='1')
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
@@ -30,11 +33,41 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return min(4, CORES)
 
 
-def imgcls(*args, cwd=None, timeout=600, **options) -> subprocess.CompletedProcess:
-    "Run the command as a user does; stdout and stderr come back as text."
-    command = [IMGCLS, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, timeout=timeout, text=True, capture_output=True, encoding='utf-8',
-                          env={**os.environ, **OFFLINE, 'PYTHONUTF8': '1'}, **options)
+ENVIRONMENT = dict(os.environ)
+
+
+def imgcls(*args, cwd=None, timeout=600) -> subprocess.CompletedProcess:
+    "Run the command in a process of its own; stdout and stderr come back as text."
+    if not hasattr(os, 'fork') or _changed(): return bare_imgcls(*args, cwd=cwd, timeout=timeout)
+    with TemporaryDirectory() as folder:
+        said = [Path(folder)/name for name in ('stdout', 'stderr')]
+        job = dict(args=[*map(str, args)], cwd=str(cwd or os.getcwd()), environment={**os.environ, **COMMAND},
+                   stdout=str(said[0]), stderr=str(said[1]), timeout=timeout)
+        warm = _warm_process()
+        warm.stdin.write(json.dumps(job) + '\n')
+        warm.stdin.flush()
+        code = int(warm.stdout.readline())
+        assert code != -signal.SIGALRM, f'imgcls {" ".join(map(str, args))} took more than {timeout} s'
+        return subprocess.CompletedProcess([IMGCLS, *args], code, *[path.read_text('utf-8') for path in said])
+
+
+def bare_imgcls(*args, cwd=None, timeout=600) -> subprocess.CompletedProcess:
+    "Run the command as a user does, from a bare interpreter."
+    return subprocess.run([IMGCLS, *map(str, args)], cwd=cwd, timeout=timeout, text=True, capture_output=True, encoding='utf-8',
+                          env={**os.environ, **COMMAND})
+
+
+def _changed() -> bool:
+    "Whether a test has changed the environment, some of which is read by imports; imports themselves add to it."
+    names = [name for name in {*os.environ, *ENVIRONMENT} if not name.startswith(('PYTEST_', 'KMP_', 'TORCHINDUCTOR_'))]
+    return any(os.environ.get(name) != ENVIRONMENT.get(name) for name in names)
+
+
+@cache
+def _warm_process() -> subprocess.Popen:
+    "A process that forks for each command; it ends with its stdin, and so with this one."
+    return subprocess.Popen([sys.executable, Path(__file__).with_name('warm.py')], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True, env={**ENVIRONMENT, **COMMAND})
 
 
 def assert_sentence(result: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
@@ -59,7 +92,7 @@ def digits_run(tmp_path_factory) -> dict:
     with FileLock(f'{shared}.lock'):
         if not (shared/'said.json').exists():
             shared.mkdir(exist_ok=True)
-            result = imgcls('run', 'digits', '--json', cwd=shared)
+            result = bare_imgcls('run', 'digits', '--json', cwd=shared)
             assert result.returncode == 0, result.stderr
             (shared/'said.json').write_text(result.stdout)
     shutil.copytree(shared, folder)

@@ -125,7 +125,7 @@ def _bin_of(confidence: np.ndarray, bins: int, equal: str) -> np.ndarray:
 def reliability_table(
     targets: np.ndarray,  # `int64 [N]`
     probabilities: np.ndarray,  # `float [N, K]`
-    bins: int = 15,  # how many, at most
+    bins: int = 15,  # how many; with 'width', a confidence of exactly 1 has one more
     equal: str = 'width',  # of the same 'width', or with the same number of images: 'mass'
 ) -> pd.DataFrame:  # one row for each bin with images: images, mean confidence, accuracy and its 95% interval
     "How often the answers are right, by how sure the network was."

@@ -83,8 +83,8 @@ def _thumbnail(data: ImageSet, row: int, side: int = 96) -> str:
     "A small picture as a data URI."
     image, buffer = data.open(row), io.BytesIO()
     image.thumbnail((2 * side, 2 * side))
-    image.save(buffer, *(('PNG',) if max(image.size) <= 64 else ('JPEG',)))
     kind = 'png' if max(image.size) <= 64 else 'jpeg'
+    image.save(buffer, kind)
     return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
@@ -115,9 +115,10 @@ class Pictures:
 
 def _section(data: ImageSet, group: Findings, rows: dict[str, int], each: int) -> str:
     "All findings of one kind as HTML."
+    remedies = '; '.join(dict.fromkeys(finding.remedy for finding in group))
     cards = ''.join(_card(data, finding, rows) for finding in group[:each])
     more = f'<p>… and {len(group) - each:,} more.</p>' if len(group) > each else ''
-    return (f'<h4>{len(group):,} × {escape(group[0].kind)}</h4><p>{escape(group[0].remedy)}</p>'
+    return (f'<h4>{len(group):,} × {escape(group[0].kind)}</h4><p>{escape(remedies)}</p>'
             f'<div>{cards}</div>{more}')
 
 
@@ -141,12 +142,13 @@ def _near_duplicates(
     items = data.items.assign(group=np.asarray(groups))
     near = items[items.groupby('group')['digest'].transform('nunique') > 1]
     sizes = near['group'].value_counts()
+    largest = len(sizes) > 1 and sizes.iloc[0] > sizes.iloc[1]
     for number, size in sizes.items():
         group = near[near['group'] == number]
         kind, why, remedy = _kind_of_group(group, ('near_two_labels', 'near_leak', 'near_duplicate'))
         first, *others = map(str, group['image'])
         more = f' and {len(others) - 3} more' if len(others) > 3 else ''
-        rank = f'; of {len(sizes)} groups the largest' if number == sizes.index[0] else ''
+        rank = f'; the largest of {len(sizes)} groups' if largest and number == sizes.index[0] else ''
         evidence = f'looks like {", ".join(others[:3])}{more}{why} (a group of {size}{rank})'
         yield GroupFinding(kind, first, evidence, remedy, (first, *others))
 
@@ -170,10 +172,8 @@ def _each_or_once(
 # %% ../nbs/02c_check.ipynb #782c6f0f
 MODE_NAMES = {'1': 'black and white (1 bit)', 'L': 'grey', 'LA': 'grey with transparency', 'P': 'palette',
               'PA': 'palette with transparency', 'RGB': 'RGB', 'RGBA': 'RGB with transparency',
-              'CMYK': 'CMYK',
-              'YCbCr': 'YCbCr', 'LAB': 'Lab', 'I;16': '16-bit grey', 'I;16B': '16-bit grey',
-              'I': '32-bit grey',
-              'F': 'floating-point grey'}
+              'CMYK': 'CMYK', 'YCbCr': 'YCbCr', 'LAB': 'Lab', 'I;16': '16-bit grey',
+              'I;16B': '16-bit grey', 'I': '32-bit grey', 'F': 'floating-point grey'}
 PLAIN_MODES = ('1', 'L', 'P', 'RGB', 'RGBA')  # ordinary as long as all images have the same
 
 
@@ -184,7 +184,7 @@ def _odd_modes(data: ImageSet) -> Iterator[Finding]:
     for mode, count in counts.items():
         if mode == usual and mode in PLAIN_MODES: continue
         name = MODE_NAMES.get(mode, mode)
-        text = f'is {name}, as are {count:,} of {len(data):,} images'
+        text = f'is {name} ({count:,} of {len(data):,} images)'
         if mode != usual: text += f'; {counts[usual]:,} are {MODE_NAMES.get(usual, usual)}'
         yield from _each_or_once(data, data.items['mode'] == mode, 'odd_mode', lambda row, text=text: text,
                                  'nothing, it is converted when opened; look whether one class has them all')
@@ -246,7 +246,7 @@ def _absent(data: ImageSet) -> Iterator[Finding]:
     for split, group in data.items.groupby('split', sort=False):
         for label in sorted(set(data.classes) - set(group['label'])):
             yield Finding('missing_class', label, f'has no image in the split {split}',
-                          'add some, or let `split` cut new splits')
+                          'add some, or empty the column split, so that `split` cuts new ones')
 
 # %% ../nbs/02c_check.ipynb #fdd10b47
 def _lower(right: int, of: int) -> float:

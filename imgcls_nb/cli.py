@@ -83,7 +83,7 @@ def run_command(args: argparse.Namespace) -> int:
         summary = _prove(run, data, learn, args, screen)
         save_record(run, summary=summary)
     summary = dict(summary, seconds=run.record['seconds'])
-    if args.json: print(json.dumps(summary, ensure_ascii=False))
+    if args.json: _print_line(summary)
     else: _print_summary(run, summary)
     return 1 if args.strict and not all(r['met'] for r in summary['requirements']) else 0
 
@@ -98,7 +98,6 @@ def _begin(args: argparse.Namespace):
                                 seed=args.seed, options=_options(args), hardware=machine().as_dict())
     args.folder = run.folder
     return run, data
-
 
 # %% ../nbs/21_cli.ipynb #d4a10022
 def _safe_name(name: str) -> str:
@@ -169,10 +168,11 @@ def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
 def _check_promise(images: int, precision: float | None) -> None:
     "Refuse, before the training, a precision that no validation split of this size could promise."
     from imgcls_nb.calibrate import images_for_promise
-    if precision is None or images >= (fewest := images_for_promise(precision)): return
+    known = images - int(0.01 * (images - 1))  # `calibrate` turns the least familiar hundredth away
+    if precision is None or known >= (fewest := images_for_promise(precision)): return
     raise InputError(f'A precision of {precision:.4g} takes at least {fewest:,} validation images, all '
-                     f'right, and there are {images:,}. Require less with --precision, or collect '
-                     'more images.')
+                     f'right, and there are {known:,} without the least familiar hundredth. Require '
+                     'less with --precision, or collect more images.')
 
 
 def _count_kinds(findings) -> str:
@@ -244,7 +244,6 @@ def _fit(run: Run, learn, args: argparse.Namespace, screen: Screen) -> None:
         save_record(run, recipe=learn.recipe)
         write_json(run.diagnostics, watch.record)
 
-
 # %% ../nbs/21_cli.ipynb #3a9157c1
 def _architecture(run: Run, data, args: argparse.Namespace, screen: Screen) -> tuple[str | None, int | None]:
     "The architecture and the size that were asked for, or that a search finds."
@@ -268,8 +267,8 @@ def _pretrain(run: Run, learn, screen: Screen) -> None:
 # %% ../nbs/21_cli.ipynb #f551d700
 def _announce(run: Run, learn, epochs: int, screen: Screen) -> None:
     "Say how many minutes and how much disk this will take; refuse if the disk has not that much."
-    from imgcls_nb.train import seconds_per_step
-    steps = (epochs + learn.recipe['pretrained']) * len(learn.dls.train)
+    from imgcls_nb.train import seconds_per_step, training_steps
+    steps = training_steps(learn, epochs)
     seconds = steps * seconds_per_step(learn) * 1.25 + 20  # validation after each epoch; then the export
     megabytes = sum(p.numel() for p in learn.model.parameters()) * 4 * 8.5 / 1e6 + 2  # 2 checkpoints, exports
     free = shutil.disk_usage(run.folder).free / 1e6
@@ -317,7 +316,6 @@ def _measure(run: Run, data, learn, precision: float | None, screen: Screen):
                                 probabilities=report.probabilities, classes=np.array(data.classes))
         write_json(run.metrics, {name: asdict(estimate) for name, estimate in report.metrics.items()})
     return raw, calibration, report
-
 
 # %% ../nbs/21_cli.ipynb #ae815142
 RUNTIME_HEADING = ['runtime', 'size, MB', 'test accuracy', '95% interval', 'largest difference', 'ms, median',
@@ -441,7 +439,7 @@ def _print_training(run: Run, as_json: bool) -> None:
     "The epochs as they went, and what to type next."
     import pandas as pd
     log = pd.read_csv(run.log)
-    if as_json: return print(json.dumps(dict(run=str(run.folder), epochs=len(log), **log.iloc[-1].to_dict())))
+    if as_json: return _print_line(dict(run=str(run.folder), epochs=len(log), **log.iloc[-1].to_dict()))
     rows = [[f'{int(row["epoch"])}', *(f'{value:.4f}' for value in row.iloc[1:])]
             for _, row in log.iterrows()]
     print_table(rows, [name.replace('_', ' ') for name in log.columns], f'{run.folder}, on validation images')
@@ -473,7 +471,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     metrics = {name: asdict(estimate) for name, estimate in report.metrics.items()}
     found = dict(run=str(run.folder), test_images=len(report.targets), metrics=metrics,
                  report=str(run.report))
-    if args.json: print(json.dumps(found))
+    if args.json: _print_line(found)
     else:
         _print_metrics(metrics, len(report.targets))
         print(f'Report: {run.report}\nNext:   imgcls export {shlex.quote(str(run.folder))}')
@@ -549,7 +547,7 @@ def models_command(args: argparse.Namespace) -> int:
         table = search_zoo(args.pattern, limits, args.most, installed=has_offline_weights, progress=progress)
     if not len(table): raise InputError(f'No network named {args.pattern!r} keeps to these limits.')
     if args.json:
-        print(json.dumps(json.loads(table.to_json(orient='index')), indent=2))
+        print(json.dumps(json.loads(table.to_json(orient='index')), ensure_ascii=False, indent=2))
         return 0
     rows = [[name, f'{r.parameters / 1e6:.2f}', f'{r.multiply_adds / 1e6:,.0f}', r.input,
              _number(r.latency_ms), _number(r.top1), r.weights] for name, r in table.iterrows()]
@@ -568,7 +566,7 @@ def compare_command(args: argparse.Namespace) -> int:
     disagree, gap = (found.only_first + found.only_second) / found.images, abs(found.accuracy.value)
     needed = images_needed(gap, disagree) if 0 < gap < disagree else None
     facts = dict(images=found.images, verdict=found.verdict, images_needed=needed)
-    if args.json: print(json.dumps(asdict(found) | facts))
+    if args.json: _print_line(asdict(found) | facts)
     else: _print_comparison(found, needed)
     return 0
 
@@ -591,15 +589,15 @@ def export_command(args: argparse.Namespace) -> int:
     screen = Screen(quiet=args.json)
     formats = [name for name in args.to.split(',') if name != 'onnx']
     if formats: _check_formats(formats)
-    if sum(map(bool, (args.source, args.zoo, args.weights))) != 1:
+    if sum(map(bool, (args.bundle, args.zoo, args.weights))) != 1:
         raise InputError('Name one of these: a run or a bundle, --zoo NAME, or --weights FILE '
                          '(imgcls export --help).')
-    if not args.source and not args.out: raise InputError('Say with --out FOLDER where the bundle will be.')
-    new = bool(args.source) and _has_no_bundle(args.source)
-    if args.source and not formats and not new:
+    if not args.bundle and not args.out: raise InputError('Say with --out FOLDER where the bundle will be.')
+    new = bool(args.bundle) and _has_no_bundle(args.bundle)
+    if args.bundle and not formats and not new:
         raise InputError('A run and a bundle hold an ONNX file already: say with --to what else, such as '
                          'openvino.')
-    if new: bundle = _write_bundle_of(args.source, screen)
+    if new: bundle = _write_bundle_of(args.bundle, screen)
     if formats or args.out or not new:
         with screen.bar('images' if new else 'export'):
             made = _zoo if args.zoo else _own_weights if args.weights else _exported
@@ -632,7 +630,7 @@ def _print_export(bundle, as_json: bool) -> None:
     if as_json:
         facts = dict(bundle=str(bundle.folder), classes=len(bundle.classes))
         facts['runtimes'] = {name: runtime.model_dump() for name, runtime in runtimes.items()}
-        print(json.dumps(facts, ensure_ascii=False))
+        _print_line(facts)
         return
     rows = [[name, f'{r.bytes / 1e6:.3f}', f'{r.accuracy.value:.2%}' if r.accuracy else '–',
              f'{r.parity.max_difference:.1e}', f'{r.parity.same_class} of {r.parity.images}',
@@ -666,7 +664,6 @@ def _own_weights(args: argparse.Namespace):
 # %% ../nbs/21_cli.ipynb #e0900011a
 def _own_preprocessing(args: argparse.Namespace):
     "What the weights were trained with, as far as it is said; otherwise what timm's own weights expect."
-    from dataclasses import replace
     from imgcls_nb.image import Preprocessing
     from imgcls_nb.models import own_input_shape
     from imgcls_nb.transfer import has_pretrained_weights, pretrained_preprocessing
@@ -705,7 +702,7 @@ def _held_out(bundle, run: Run | None, folder: str | None):
 def _exported(args: argparse.Namespace):
     "A bundle that is there already; the images are the run's test images, or those of `--images`."
     from imgcls_nb.bundle import load_bundle
-    run, folder = _run_and_bundle(args.source)
+    run, folder = _run_and_bundle(args.bundle)
     bundle = load_bundle(folder)
     _made_known(bundle.record.architecture or '')
     images = _held_out(bundle, run, args.images)
@@ -727,7 +724,7 @@ def _image_paths(names: list[str]) -> Iterator[str]:
         if name == '-': yield from (line.rstrip('\n') for line in sys.stdin if line.strip())
         elif os.path.isdir(name):
             for folder, folders, files in os.walk(name):
-                folders.sort()
+                folders[:] = sorted(folder for folder in folders if not folder.startswith('.'))
                 yield from (os.path.join(folder, file) for file in sorted(files) if not file.startswith('.'))
         else: yield name
 
@@ -851,7 +848,7 @@ def space_command(args: argparse.Namespace) -> int:
     sizes = {str(path.relative_to(folder)): path.stat().st_size
              for path in sorted(folder.rglob('*')) if path.is_file()}
     needs = (folder/'requirements.txt').read_text(encoding='utf-8').splitlines()
-    if args.json: print(json.dumps(dict(folder=str(folder), requirements=needs, bytes=sizes)))
+    if args.json: _print_line(dict(folder=str(folder), requirements=needs, bytes=sizes))
     else:
         print_table([[name, f'{size:,}'] for name, size in sizes.items()], ['file', 'bytes'], str(folder))
         print(f'Next:   docker build -t classifier {shlex.quote(str(folder))}')
@@ -871,7 +868,7 @@ def _add_space(commands) -> None:
 
 # %% ../nbs/21_cli.ipynb #ed6e0102
 def edge_command(args: argparse.Namespace) -> int:
-    "`imgcls edge BUNDLE FOLDER`: what a device needs, and nothing else."
+    "`imgcls edge BUNDLE FOLDER --target browser`: what a device needs, and nothing else."
     from imgcls_nb.edge import EDGE_TARGETS, write_edge_folder
     folder = write_edge_folder(_run_and_bundle(args.bundle)[1], args.out, args.target, args.runtime)
     facts = json.loads((folder/'classifier.json').read_text(encoding='utf-8'))
@@ -891,12 +888,204 @@ def _add_edge(commands) -> None:
                             formatter_class=_Format,
                             epilog='example:\n  imgcls edge runs/digits/bundle page --target browser')
     p.add_argument('bundle', help='a bundle or its run, such as runs/digits/bundle')
-    p.add_argument('out', metavar='FOLDER', help='where the folder will be; it must not exist')
+    p.add_argument('out', metavar='folder', help='where the folder will be; it must not exist')
     p.add_argument('--target', required=True, choices=('litert', 'onnx', 'browser'),
                    help='litert: phone, Raspberry Pi; onnx: Jetson, any Python; browser: a page')
     p.add_argument('--runtime', help="onnx, onnx-int8, … (default: the bundle's preferred one)")
     p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
     p.set_defaults(command=edge_command)
+
+# %% ../nbs/21_cli.ipynb #d0c70002
+def doctor_command(args: argparse.Namespace) -> int:
+    "`imgcls doctor RUN`: what went wrong in this run and what to change."
+    from imgcls_nb.diagnose import diagnose, observe_run
+    found = diagnose(observe_run(args.run))
+    if args.json:
+        _print_line(found.as_dict())
+        return 0
+    rows = [[d.name, d.severity, d.evidence, d.cause, d.expect] for d in found]
+    heading = ['found', 'how', 'evidence', 'cause', 'to expect']
+    if rows: print_table(rows, heading, f'What went wrong in {args.run}')
+    else: print('Nothing wrong found.')
+    for d in found: print(f'# against {d.name}\n{d.remedy}\n')
+    if found.not_seen: print(f'Not looked at: {"; ".join(found.not_seen)}.')
+    return 0
+
+
+def _add_doctor(commands) -> None:
+    "Options of `imgcls doctor`."
+    p = commands.add_parser('doctor', help='what went wrong in a run, and what to change',
+                            formatter_class=_Format, epilog='example:\n  imgcls doctor runs/digits')
+    p.add_argument('run', help="a run's folder")
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=doctor_command)
+
+# %% ../nbs/21_cli.ipynb #c0900002
+def compress_command(args: argparse.Namespace) -> int:
+    "`imgcls compress BUNDLE`: a smaller version, kept if it is good enough, and the choice written down."
+    screen = Screen(quiet=args.json)
+    from imgcls_nb.bundle import prefer
+    from imgcls_nb.compress import compress
+    with screen.bar('images'): bundle, images = _to_compress(args)
+    with screen.bar('compress'):
+        done = compress(bundle, images, args.budget_accuracy / 100, args.target_latency)
+        if done.kept: prefer(done.bundle, done.choice.name, done.choice.reason)
+    if args.json: _print_line(_compressed(done))
+    else: _print_compression(done, bundle)
+    return 0 if done.kept and done.choice.met else 1
+
+
+def _to_compress(args: argparse.Namespace):
+    "The bundle, and the images that it is judged by."
+    from imgcls_nb.bundle import load_bundle
+    from imgcls_nb.compress import images_in
+    run, folder = _run_and_bundle(args.bundle)
+    bundle = load_bundle(folder)
+    if args.calibration and args.test: return bundle, images_in(bundle, args.calibration, args.test)
+    if args.calibration or args.test:
+        raise InputError('--calibration and --test belong together: one folder to calibrate with and another '
+                         'to test with.')
+    if run is None:
+        raise InputError(f'{folder} is in no run, so its images are not known: name some with '
+                         '--calibration FOLDER --test FOLDER, one folder per class in each.')
+    return bundle, _images_of_run(run)
+
+# %% ../nbs/21_cli.ipynb #c0900003
+def _run_and_bundle(source: str) -> tuple[Run | None, Path]:
+    "The run that a source is or lies in, if any, and the folder of its bundle."
+    folder = Path(source)
+    for place, bundle in ((folder, folder/'bundle'), (folder.parent, folder)):
+        if bundle.name == 'bundle' and (place/'run.json').is_file():
+            if bundle.is_dir(): return open_run(place), bundle
+            raise InputError(f'{place} has no bundle yet: imgcls export {shlex.quote(str(place))} writes it.')
+    return None, folder
+
+
+def _images_of_run(run: Run):
+    "The table of images of a run, read and split again as it was then."
+    options = run.record.get('options')
+    if not isinstance(options, dict):
+        raise InputError(f'{run.folder} was made by another version, which kept no options: '
+                         'name images by folder.')
+    args = argparse.Namespace(**options)
+    data = _load(args).scan().split(seed=args.seed)
+    if data.fingerprint() == run.record.get('data', {}).get('fingerprint'): return data
+    raise InputError(f'The images of {run.record["source"]} are not those of {run.folder} any more: name '
+                     'images by folder (see --help).')
+
+# %% ../nbs/21_cli.ipynb #c0900004
+def _compressed(done) -> dict:
+    "What `--json` prints."
+    versions = {name: asdict(v) for name, v in done.measured.each.items()} if done.measured else {}
+    return dict(kept=done.kept, refusal=done.refusal, loss=done.loss, bundle=str(done.bundle.folder),
+                choice=done.choice and asdict(done.choice), versions=versions)
+
+
+def _print_versions(table, first: str, title: str) -> None:
+    "What versions cost and give, as text, with a heading over their names."
+    rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
+    print_table(rows, [first, *table.columns], title)
+
+
+def _print_compression(done, bundle) -> None:
+    "The table of both versions on the test images, and what became of it."
+    if done.measured is not None:
+        title = f'{bundle.record.name}, {done.measured.images:,} test images'
+        _print_versions(done.measured.table(), 'version', title)
+    if not done.kept: return print(f'INT8 was refused: {done.refusal}')
+    print(f'Used by default: {done.choice.name}, {done.choice.reason}')
+    for name, why in done.choice.rejected.items(): print(f'Not {name}: {why}.')
+
+# %% ../nbs/21_cli.ipynb #c0900005
+def _milliseconds(text: str) -> float:
+    "A time as people write it."
+    number, unit = text.strip().lower().rstrip('ms '), text.strip().lower().lstrip('0123456789.+-e ')
+    try: value = float(number) * {'': 1, 'ms': 1, 's': 1000}[unit]
+    except (ValueError, KeyError): value = float('nan')
+    if not value > 0: raise argparse.ArgumentTypeError(f'{text!r} is not a time such as 5ms or 0.2s')
+    return value
+
+
+def _add_compress(commands) -> None:
+    "Options of `imgcls compress`."
+    examples = ('examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 --target-latency 5ms\n'
+                '  imgcls compress BUNDLE --calibration some_photos --test other_photos')
+    p = commands.add_parser('compress', help='a smaller version of a bundle, kept if it is good enough',
+                            formatter_class=_Format,
+                            epilog=examples)
+    p.add_argument('bundle', help="a bundle, or its run's folder")
+    p.add_argument('--budget-accuracy', type=float, default=0.5, metavar='POINTS',
+                   help='percentage points of accuracy that may be lost')
+    p.add_argument('--target-latency', type=_milliseconds, metavar='TIME',
+                   help='longest acceptable median time for one image, such as 5ms')
+    p.add_argument('--calibration', metavar='FOLDER',
+                   help='images to calibrate and decide with, one folder per class')
+    p.add_argument('--test', metavar='FOLDER',
+                   help='images that only the report rests on, one folder per class')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=compress_command)
+
+# %% ../nbs/21_cli.ipynb #1d79d042
+def bench_command(args: argparse.Namespace) -> int:
+    "`imgcls bench BUNDLE`: what every runtime of a bundle costs and gives on this machine."
+    screen = Screen(quiet=args.json)
+    from imgcls_nb.task import machine
+    from imgcls_nb.variants import measure_bundle
+    with screen.bar('images'): bundle, pixels, targets = _to_bench(args)
+    with screen.bar('bench'):
+        measured = measure_bundle(bundle, pixels, targets, args.turns, threads=args.threads)
+    if args.json: _print_line(_benched(bundle, measured, machine()))
+    else: _print_bench(bundle, measured, machine())
+    return 0
+
+
+def _to_bench(args: argparse.Namespace):
+    "A bundle, and the images it is asked about; classes where they are known."
+    from imgcls_nb.bundle import load_bundle
+    run, folder = _run_and_bundle(args.bundle)
+    bundle = load_bundle(folder)
+    return bundle, *(_held_out(bundle, run, args.test) or (_invented(bundle.preprocessing), None))
+
+# %% ../nbs/21_cli.ipynb #a06e7b3a
+def _invented(preprocessing):
+    "Pictures of nothing: the clock does not mind."
+    import numpy as np
+    shape = 64, preprocessing.height, preprocessing.width, preprocessing.channels
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def _benched(bundle, measured, computer) -> dict:
+    "What `--json` prints."
+    runtimes = {name: asdict(variant) for name, variant in measured.each.items()}
+    if not measured.labelled:
+        for facts in runtimes.values(): facts |= dict(accuracy=None, difference=None)
+    return dict(bundle=str(bundle.folder), images=measured.images if measured.labelled else 0,
+                machine=computer.as_dict(), runtimes=runtimes, absent=measured.absent)
+
+
+def _print_bench(bundle, measured, computer) -> None:
+    "The table, the machine, and what could not be measured."
+    table = measured.table()
+    if not measured.labelled: table = table.iloc[:, :-2]
+    about = f'{measured.images:,} test images' if measured.labelled else 'invented images'
+    _print_versions(table, 'runtime', f'{bundle.record.name}, {about}')
+    print(f'On:     {computer.processor}, {computer.cores} cores')
+    for name, why in measured.absent.items(): print(f'Not here: {name}. {why}')
+    if not measured.labelled:
+        print('Without images there is no accuracy: name some with --test FOLDER, one folder per class.')
+
+# %% ../nbs/21_cli.ipynb #011928b4
+def _add_bench(commands) -> None:
+    "Options of `imgcls bench`."
+    examples = 'examples:\n  imgcls bench runs/digits\n  imgcls bench BUNDLE --test other_photos --threads 1'
+    p = commands.add_parser('bench', help='size, time and accuracy of every runtime, on this machine',
+                            formatter_class=_Format, epilog=examples)
+    p.add_argument('bundle', help="a bundle, or its run's folder")
+    p.add_argument('--test', metavar='FOLDER', help='labelled images, one folder per class')
+    p.add_argument('--threads', type=_positive, metavar='N', help='processors for one call; all by default')
+    p.add_argument('--turns', type=_positive, default=20, metavar='N', help='of ten timed images each')
+    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
+    p.set_defaults(command=bench_command)
 
 # %% ../nbs/21_cli.ipynb #d4a10021
 SOURCES = "a data set's name, hf:OWNER/NAME, a folder, a table (.csv), arrays (.npz), a label tool's export"
@@ -1026,7 +1215,7 @@ def _add_export(commands) -> None:
                                    '  imgcls export --zoo tf_efficientnet_lite0 --out lite0\n'
                                    '  imgcls export --weights best_model.pth --arch resnet18 --images test '
                                    '--out mine')
-    p.add_argument('source', nargs='?', help='a run or a bundle')
+    p.add_argument('bundle', nargs='?', help="a bundle, or its run's folder")
     p.add_argument('--to', default='onnx', metavar='FORMATS',
                    help='with commas between them: onnx, tflite, tflite-int8, openvino, tensorrt, '
                         'tensorrt-fp16, cuda')
@@ -1040,198 +1229,6 @@ def _add_export(commands) -> None:
     p.add_argument('--out', metavar='FOLDER', help='where the bundle will be')
     p.add_argument('--json', action='store_true', help='print one JSON object instead of a table')
     p.set_defaults(command=export_command)
-
-# %% ../nbs/21_cli.ipynb #d0c70002
-def doctor_command(args: argparse.Namespace) -> int:
-    "`imgcls doctor RUN`: what went wrong in this run and what to change."
-    from imgcls_nb.diagnose import diagnose, observe_run
-    found = diagnose(observe_run(args.run))
-    if args.json:
-        print(json.dumps(found.as_dict(), ensure_ascii=False))
-        return 0
-    rows = [[d.name, d.severity, d.evidence, d.cause, d.expect] for d in found]
-    heading = ['found', 'how', 'evidence', 'cause', 'to expect']
-    if rows: print_table(rows, heading, f'What went wrong in {args.run}')
-    else: print('Nothing wrong found.')
-    for d in found: print(f'# against {d.name}\n{d.remedy}\n')
-    if found.not_seen: print(f'Not looked at: {"; ".join(found.not_seen)}.')
-    return 0
-
-
-def _add_doctor(commands) -> None:
-    "Options of `imgcls doctor`."
-    p = commands.add_parser('doctor', help='what went wrong in a run, and what to change',
-                            formatter_class=_Format, epilog='example:\n  imgcls doctor runs/digits')
-    p.add_argument('run', help="a run's folder")
-    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
-    p.set_defaults(command=doctor_command)
-
-# %% ../nbs/21_cli.ipynb #c0900002
-def compress_command(args: argparse.Namespace) -> int:
-    "`imgcls compress SOURCE`: a smaller version, kept if it is good enough, and the choice written down."
-    screen = Screen(quiet=args.json)
-    from imgcls_nb.bundle import prefer
-    from imgcls_nb.compress import compress
-    with screen.bar('images'): bundle, images = _to_compress(args)
-    with screen.bar('compress'):
-        done = compress(bundle, images, args.budget_accuracy / 100, args.target_latency)
-        if done.kept: prefer(done.bundle, done.choice.name, done.choice.reason)
-    if args.json: print(json.dumps(_compressed(done), ensure_ascii=False))
-    else: _print_compression(done, bundle)
-    return 0 if done.kept and done.choice.met else 1
-
-
-def _to_compress(args: argparse.Namespace):
-    "The bundle, and the images that it is judged by."
-    from imgcls_nb.bundle import load_bundle
-    from imgcls_nb.compress import images_in
-    run, folder = _run_and_bundle(args.source)
-    bundle = load_bundle(folder)
-    if args.calibration and args.test: return bundle, images_in(bundle, args.calibration, args.test)
-    if args.calibration or args.test:
-        raise InputError('--calibration and --test belong together: one folder to calibrate with and another '
-                         'to test with.')
-    if run is None:
-        raise InputError(f'{folder} is in no run, so its images are not known: name some with '
-                         '--calibration FOLDER --test FOLDER, one folder per class in each.')
-    return bundle, _images_of_run(run)
-
-# %% ../nbs/21_cli.ipynb #c0900003
-def _run_and_bundle(source: str) -> tuple[Run | None, Path]:
-    "The run that a source is or lies in, if any, and the folder of its bundle."
-    folder = Path(source)
-    for place, bundle in ((folder, folder/'bundle'), (folder.parent, folder)):
-        if bundle.name == 'bundle' and (place/'run.json').is_file():
-            if bundle.is_dir(): return open_run(place), bundle
-            raise InputError(f'{place} has no bundle yet: imgcls export {shlex.quote(str(place))} writes it.')
-    return None, folder
-
-
-def _images_of_run(run: Run):
-    "The table of images of a run, read and split again as it was then."
-    options = run.record.get('options')
-    if not isinstance(options, dict):
-        raise InputError(f'{run.folder} was made by another version, which kept no options: '
-                         'name images by folder.')
-    args = argparse.Namespace(**options)
-    data = _load(args).scan().split(seed=args.seed)
-    if data.fingerprint() == run.record.get('data', {}).get('fingerprint'): return data
-    raise InputError(f'The images of {run.record["source"]} are not those of {run.folder} any more: name '
-                     'images by folder (see --help).')
-
-# %% ../nbs/21_cli.ipynb #c0900004
-def _compressed(done) -> dict:
-    "What `--json` prints."
-    versions = {name: asdict(v) for name, v in done.measured.each.items()} if done.measured else {}
-    return dict(kept=done.kept, refusal=done.refusal, loss=done.loss, bundle=str(done.bundle.folder),
-                choice=done.choice and asdict(done.choice), versions=versions)
-
-
-def _print_versions(table, first: str, title: str) -> None:
-    "What versions cost and give, as text, with a heading over their names."
-    rows = [[name, *row] for name, row in zip(table.index, table.to_numpy())]
-    print_table(rows, [first, *table.columns], title)
-
-
-def _print_compression(done, bundle) -> None:
-    "The table of both versions on the test images, and what became of it."
-    if done.measured is not None:
-        title = f'{bundle.record.name}, {done.measured.images:,} test images'
-        _print_versions(done.measured.table(), 'version', title)
-    if not done.kept: return print(f'INT8 was refused: {done.refusal}')
-    print(f'Used by default: {done.choice.name}, {done.choice.reason}')
-    for name, why in done.choice.rejected.items(): print(f'Not {name}: {why}.')
-
-# %% ../nbs/21_cli.ipynb #c0900005
-def _milliseconds(text: str) -> float:
-    "A time as people write it."
-    number, unit = text.strip().lower().rstrip('ms '), text.strip().lower().lstrip('0123456789.+-e ')
-    try: value = float(number) * {'': 1, 'ms': 1, 's': 1000}[unit]
-    except (ValueError, KeyError): value = float('nan')
-    if not value > 0: raise argparse.ArgumentTypeError(f'{text!r} is not a time such as 5ms or 0.2s')
-    return value
-
-
-def _add_compress(commands) -> None:
-    "Options of `imgcls compress`."
-    examples = ('examples:\n  imgcls compress runs/digits --budget-accuracy 0.5 --target-latency 5ms\n'
-                '  imgcls compress BUNDLE --calibration some_photos --test other_photos')
-    p = commands.add_parser('compress', help='a smaller version of a bundle, kept if it is good enough',
-                            formatter_class=_Format,
-                            epilog=examples)
-    p.add_argument('source', help="a run's folder, or a bundle")
-    p.add_argument('--budget-accuracy', type=float, default=0.5, metavar='POINTS',
-                   help='percentage points of accuracy that may be lost')
-    p.add_argument('--target-latency', type=_milliseconds, metavar='TIME',
-                   help='longest acceptable median time for one image, such as 5ms')
-    p.add_argument('--calibration', metavar='FOLDER',
-                   help='images to calibrate and decide with, one folder per class')
-    p.add_argument('--test', metavar='FOLDER',
-                   help='images that only the report rests on, one folder per class')
-    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
-    p.set_defaults(command=compress_command)
-
-# %% ../nbs/21_cli.ipynb #1d79d042
-def bench_command(args: argparse.Namespace) -> int:
-    "`imgcls bench SOURCE`: what every runtime of a bundle costs and gives on this machine."
-    screen = Screen(quiet=args.json)
-    from imgcls_nb.task import machine
-    from imgcls_nb.variants import measure_bundle
-    with screen.bar('images'): bundle, pixels, targets = _to_bench(args)
-    with screen.bar('bench'):
-        measured = measure_bundle(bundle, pixels, targets, args.turns, threads=args.threads)
-    if args.json: print(json.dumps(_benched(bundle, measured, machine()), ensure_ascii=False))
-    else: _print_bench(bundle, measured, machine())
-    return 0
-
-
-def _to_bench(args: argparse.Namespace):
-    "A bundle, and the images it is asked about; classes where they are known."
-    from imgcls_nb.bundle import load_bundle
-    run, folder = _run_and_bundle(args.source)
-    bundle = load_bundle(folder)
-    return bundle, *(_held_out(bundle, run, args.test) or (_invented(bundle.preprocessing), None))
-
-# %% ../nbs/21_cli.ipynb #a06e7b3a
-def _invented(preprocessing):
-    "Pictures of nothing: the clock does not mind."
-    import numpy as np
-    shape = 64, preprocessing.height, preprocessing.width, preprocessing.channels
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def _benched(bundle, measured, computer) -> dict:
-    "What `--json` prints."
-    runtimes = {name: asdict(variant) for name, variant in measured.each.items()}
-    if not measured.labelled:
-        for facts in runtimes.values(): facts |= dict(accuracy=None, difference=None)
-    return dict(bundle=str(bundle.folder), images=measured.images if measured.labelled else 0,
-                machine=computer.as_dict(), runtimes=runtimes, absent=measured.absent)
-
-
-def _print_bench(bundle, measured, computer) -> None:
-    "The table, the machine, and what could not be measured."
-    table = measured.table()
-    if not measured.labelled: table = table.iloc[:, :-2]
-    about = f'{measured.images:,} test images' if measured.labelled else 'invented images'
-    _print_versions(table, 'runtime', f'{bundle.record.name}, {about}')
-    print(f'On:     {computer.processor}, {computer.cores} cores')
-    for name, why in measured.absent.items(): print(f'Not here: {name}. {why}')
-    if not measured.labelled:
-        print('Without images there is no accuracy: name some with --test FOLDER, one folder per class.')
-
-# %% ../nbs/21_cli.ipynb #011928b4
-def _add_bench(commands) -> None:
-    "Options of `imgcls bench`."
-    examples = 'examples:\n  imgcls bench runs/digits\n  imgcls bench BUNDLE --test other_photos --threads 1'
-    p = commands.add_parser('bench', help='size, time and accuracy of every runtime, on this machine',
-                            formatter_class=_Format, epilog=examples)
-    p.add_argument('source', help="a run's folder, or a bundle")
-    p.add_argument('--test', metavar='FOLDER', help='labelled images, one folder per class')
-    p.add_argument('--threads', type=_positive, metavar='N', help='processors for one call; all by default')
-    p.add_argument('--turns', type=_positive, default=20, metavar='N', help='of ten timed images each')
-    p.add_argument('--json', action='store_true', help='print one JSON object instead of tables')
-    p.set_defaults(command=bench_command)
 
 # %% ../nbs/21_cli.ipynb #5c3493d7
 class _Address(argparse.Action):

@@ -169,7 +169,7 @@ def _ask(self: Client, method: str, path: str, **request) -> tuple[int, dict]:
         time.sleep(pause)
 
 # %% ../nbs/11d_client.ipynb #11d0001c
-_ABOUT_THE_IMAGE = {413: 'too_large', 415: 'not_an_image', 422: 'damaged'}  # status to `ImageError.kind`
+_ABOUT_THE_IMAGE = {413: 'too_many_bytes', 415: 'not_an_image', 422: 'damaged'}  # status to `ImageError.kind`
 
 
 @patch

@@ -1,4 +1,4 @@
-"""The same images, the same mistakes, and how many it takes to tell two classifiers apart
+"""The same images, the mistakes that only one makes, and how many images it takes to tell two classifiers apart
 
 Docs: https://imgcls.github.io/imgcls_nb/compare.html.md"""
 

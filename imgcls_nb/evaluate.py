@@ -21,13 +21,11 @@ import io
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from matplotlib import font_manager
@@ -37,6 +35,7 @@ from scipy.spatial.distance import squareform
 from scipy.stats import rankdata, t
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_curve
 
+from .augment import predict_with_tta
 from .data import ImageSet, show_images
 from .run import InputError
 
@@ -46,12 +45,7 @@ def predict_probabilities(
     split: int = 2,  # 0 train, 1 valid, 2 test
 ) -> tuple[np.ndarray, np.ndarray]:  # probabilities `float32 [N, K]` and targets `int64 [N]`
     "A copy of the model's answers on one split, in the table's order; the learner stays as it is."
-    loader = learn.dls.valid.new(learn.dls[split].dataset, bs=learn.dls.train.bs)
-    model = deepcopy(learn.model).eval().to(learn.dls.device)
-    with torch.inference_mode():
-        parts = [(model(x).float().softmax(1).cpu(), y.cpu()) for x, y in loader]
-    probabilities, targets = zip(*parts)
-    return torch.cat(probabilities).numpy(), torch.cat(targets).numpy().astype(np.int64)
+    return predict_with_tta(learn, split, copies=0)
 
 # %% ../nbs/07_evaluate.ipynb #feb2c9ff
 @dataclass(frozen=True)
@@ -444,7 +438,8 @@ def _plot_curves(areas: np.ndarray, curve: Callable, classes: tuple[str, ...], w
                       color=f'C{drawn[::-1].index(k)}' if named else '0.8',
                       label=f'{drawable(classes[k], 20)}: {areas[k]:.4f}' if named else None)
         if drawn: axis.legend(fontsize=8, loc=place, title=what, title_fontsize=8)
-        title = f'Mean {what}: {np.mean(areas[drawn]):.4f}' if drawn else 'One class only: no curve'
+        lead = f'Mean {what}' if len(drawn) > 1 else what.capitalize()
+        title = f'{lead}: {np.mean(areas[drawn]):.4f}' if drawn else 'One class only: no curve'
         axis.set(title=title, **labels)
     plt.close(figure)
     return figure
@@ -650,7 +645,8 @@ def split(self: Report) -> str:
 def title(self: Report) -> str:
     "How many images of which split, and in how many groups."
     groups = '' if self.groups is None else f' in {len(set(self.groups)):,} groups'
-    return f'{len(self.targets):,} {self.split} images{groups}'
+    split = dict(train='training', valid='validation').get(self.split, self.split)
+    return f'{len(self.targets):,} {split} images{groups}'
 
 # %% ../nbs/07_evaluate.ipynb #ee5c9662
 @patch
@@ -879,7 +875,8 @@ def _where_it_fails(report: Report) -> list[tuple[str, str]]:
     "The sections about mistakes: the images, the confusions, the curves, each class."
     names, pair = report.data.classes, (report.targets, report.probabilities)
     area = report.metrics.get('auroc_macro', 'not defined')
-    precise = np.nanmean(average_precision_each(*pair))
+    areas = average_precision_each(*pair)
+    precise = areas[1] if len(names) == 2 else np.nanmean(areas)
     curves = [figure_html(plot_roc(*pair, names), f'ROC curves; mean area {area}'),
               figure_html(plot_precision_recall(*pair, names),
                           f'Precision-recall curves; mean area {precise:.4f}')]

@@ -271,7 +271,7 @@ def image_info(
     source: bytes | str | Path,  # a path, or a file's bytes
     limits: Limits = Limits(),  # what to refuse
 ) -> ImageInfo:
-    "Read the header alone; raises `ImageError` as `open_image` does."
+    "What the header says, mostly without decoding; raises `ImageError` as `open_image` does."
     data = _read(source, limits)
     image = _open_header(data, limits)
     return ImageInfo(image.format, image.mode, image.width, image.height, _count_frames(image),

@@ -1,4 +1,4 @@
-"""CVAT, LabelImg, Doccano and Label Studio: five formats, one table, and every odd case accounted for
+"""CVAT, LabelImg, Doccano and Label Studio: seven formats, one table, and every odd case accounted for
 
 Docs: https://imgcls.github.io/imgcls_nb/label_tools.html.md"""
 
@@ -93,7 +93,7 @@ def _member(path: Path, name: str, most: int) -> bytes:
     "The bytes of one file in a .zip; raises `ImageError` for what cannot be unpacked, or is too large."
     try:
         size = _zip(path).getinfo(name).file_size
-        if size > most: raise ImageError('too_large', f'has {size:,} bytes; the limit is {most:,}')
+        if size > most: raise ImageError('too_many_bytes', f'has {size:,} bytes; the limit is {most:,}')
         return _zip(path).read(name)
     except KeyError as error: raise ImageError('missing', f'is not in {path.name}') from error
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
@@ -491,10 +491,12 @@ def _whole_row(file: str, group: list[Annotation], note: Callable) -> list[dict]
     answers = [(said, labels) for said in group if (labels := _answers(said))]
     found = list(dict.fromkeys(label for _, labels in answers for label in labels))
     if len(found) > 1:
+        remedy = 'decide which one is right'
+        if any(said.boxes for said in group): remedy += "; or read the boxes as pictures, with boxes='crop'"
         several = any(len(labels) > 1 for _, labels in answers)
         says = '; '.join(f'{said.annotator or said.where} says {" and ".join(own)}' for said, own in answers)
         note('two_labels' if several else _conflict([said for said, _ in answers]), says[:300],
-             "decide which one is right; for boxes, read it with boxes='crop'")
+             remedy)
     for (said, _), (other, _) in zip(answers, answers[1:]) if len(found) == 1 else ():
         if said.annotator == other.annotator:
             note('duplicate_row', f'{other.where} repeats it', 'nothing: it is taken once')
@@ -565,7 +567,11 @@ def _image_set(annotations: list[Annotation], files: ExportFiles, boxes: str, pa
                              for file in find.pictures if file not in by_file]
     if not rows: raise _no_rows(path.name, annotations, files, aside + files.unlisted)
     items = pd.DataFrame(rows)
-    items['split'] = _splits(items)
+    split = _splits(items)
+    if isinstance(split, str) and items['split'].any():
+        aside.append(Finding('no_split', path.name, 'does not name train, valid or test for every picture',
+                             'nothing: `split` cuts new ones'))
+    items['split'] = split
     if items['box'].isna().all(): items = items.drop(columns=['box', 'group'])
     kind = ZipImageSet if files.is_zip else ImageSet
     return kind(items, _classes(items['label']), path.stem, files.path, set_aside=aside + files.unlisted,
@@ -957,7 +963,8 @@ def _answer_key(row: dict, picture: str | None) -> str | None:
 def _which(names: Sequence[str]) -> InputError:
     "What to say where the project asks several questions."
     names = ' or '.join(map(_label, sorted(names)[:4]))
-    return InputError(f"The label may be the answer to {names}: say which, with control='…'.")
+    return InputError(f'The label may be the answer to {names}: say which, '
+                      "with from_label_studio(path, control='…').")
 
 
 def _studio_row(row: dict, where: str, control: str | None) -> Annotation:

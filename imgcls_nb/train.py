@@ -38,7 +38,7 @@ from safetensors.torch import save as to_safetensors
 from scipy import stats
 from sklearn.pipeline import Pipeline
 
-from .augment import augmentations
+from .augment import augmentations, predict_with_tta
 from .balance import balance_loader, check_balance, class_weights, smote_features
 from .data import ImageSet, Progress
 from .image import Preprocessing
@@ -640,7 +640,7 @@ def train_seeds(
         kept = dict(callbacks=(EpochLog(place/'log.csv'),), resume=place/'checkpoint') if place else {}
         with learn.no_bar(), learn.no_logging():
             train(learn, epochs, learning_rate, **kept)
-            found, targets = [part.numpy() for part in learn.get_preds(split)]
+            found, targets = predict_with_tta(learn, split, copies=0)
         if place: _write_predictions(place/'predictions.npz', found, targets)
         probabilities.append(found)
         rows[seed] = dict(accuracy=(found.argmax(1) == targets).mean(), seconds=time.perf_counter() - start)

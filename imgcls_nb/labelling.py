@@ -34,7 +34,7 @@ from fastcore.basics import patch
 from IPython.display import display
 from PIL import Image, ImageDraw
 
-from .data import Finding, Findings, ImageSet, title_fonts
+from .data import FOREIGN_SUFFIXES, Finding, Findings, ImageSet, title_fonts
 from .image import ImageError, Limits, image_info
 from .run import InputError
 
@@ -438,6 +438,9 @@ def _listed(root: Path, path: Path) -> Finding | None:
     if name != str(path.relative_to(root)):
         return Finding('bad_name', name, 'has a name that is not valid text', 'rename it')
     if formats.get(path.suffix.lower()) in Limits().formats: return None
+    if path.suffix.lower() in FOREIGN_SUFFIXES:
+        return Finding('unsupported', name, f'is in the format {path.suffix[1:].upper()}',
+                       'convert it to JPEG or PNG')
     try: image_info(path)
     except ImageError as error:
         return Finding('not_an_image', name, str(error), 'nothing, if it is not meant to be one')
@@ -989,7 +992,7 @@ def label_grid(
 # %% ../nbs/02d_labelling.ipynb #94206f9f
 def label_loss(
     data: ImageSet,  # a labelled table
-    probabilities: np.ndarray,  # `float [N, C]`, out of fold, columns in the order of `data.classes`
+    probabilities: np.ndarray,  # `float [N, K]`, out of fold, columns in the order of `data.classes`
 ) -> np.ndarray:  # `float64 [N]`, in nats: 0 and up; 0 for images without a label
     "How little a model believes each label: the cross-entropy, by image."
     shape = len(data), len(data.classes)

@@ -11,6 +11,7 @@ __all__ = ['ENGINES', 'check_self_contained', 'open_session', 'run_session', 'ru
 
 # %% ../nbs/08a_runtimes.ipynb #b8a00002
 import importlib
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -32,8 +33,12 @@ def _one_line(problem: object) -> str:
     return ' '.join(str(problem).split())[:300].rstrip('.')
 
 
+_REPORTING = dict(openvino='openvino_telemetry')  # what would tell the maker of each import
+
+
 def _need(module: str, extra: str):
-    "Import an engine, or say how to install it."
+    "Import an engine, or say how to install it; none of them reports home."
+    if module in _REPORTING: sys.modules.setdefault(_REPORTING[module], None)  # as if it were not there
     try: return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f'{module.split(".")[0]} is not installed or does not load ({_one_line(error)}). '

@@ -53,6 +53,15 @@ def test_importing_the_module_imports_no_engine():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split('\n')[:2] == ['[]', "['onnxruntime']"]
 
 
+def test_no_engine_reports_to_its_maker():
+    pytest.importorskip('openvino')
+    code = ('import sys, multiprocessing as m; m.Process.start = None\n'
+            'from imgcls_nb.runtimes import ENGINES; assert ENGINES["openvino"].problem() is None\n'
+            'print(sorted(name for name, module in sys.modules.items() if name.startswith("openvino_telemetry") and module))')
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == '[]'
+
+
 @pytest.mark.parametrize('name, module, pip', [('openvino', 'openvino', 'imgcls_nb[openvino]'), ('litert', 'ai_edge_litert.interpreter', 'ai-edge-litert'),
                                                ('onnxruntime', 'onnxruntime', 'onnxruntime')])
 def test_an_absent_engine_says_how_to_install_it(monkeypatch, name, module, pip):

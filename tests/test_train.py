@@ -282,3 +282,12 @@ def test_an_average_is_not_the_weights_and_changes_nothing_in_training(few):
     plain, averaged = trained(), trained(Ema(0.99))
     assert torch.equal(torch.stack(plain.recorder.losses), torch.stack(averaged.recorder.losses))  # nothing is fed back
     assert plain.recorder.values[-1][1] != averaged.recorder.values[-1][1]  # and validation is the average's
+
+
+def test_smote_and_an_average_of_the_weights_exclude_each_other():
+    from imgcls_nb.averaging import Ema
+    from imgcls_nb.data import digits
+    from imgcls_nb.run import InputError
+    from imgcls_nb.train import image_learner, train
+    learn = image_learner(digits().split(), 'lenet', size=28, balance='smote')
+    with learn.no_bar(), learn.no_logging(), pytest.raises(InputError, match='leave out one of the two'): train(learn, 1, callbacks=[Ema()])

@@ -55,6 +55,9 @@ FORMATS = {
 }
 
 # %% ../nbs/09a_formats.ipynb #ff900012
+_EDGE = 'Writing LiteRT files takes the extra edge: pip install "imgcls_nb[edge]".'
+
+
 def to_tflite(
     whole: PixelsToProbabilities,  # from pixels to probabilities, as `load_whole` gives it
     preprocessing: Preprocessing,  # size and channels
@@ -63,8 +66,7 @@ def to_tflite(
     "Convert with litert-torch (the extra `edge`)."
     try: import litert_torch
     except ImportError as error:
-        raise InputError('Writing LiteRT files takes the extra edge: '
-                         'pip install "imgcls_nb[edge]".') from error
+        raise InputError(_EDGE) from error
     p = preprocessing
     example = torch.zeros(1, p.height, p.width, p.channels, dtype=torch.uint8)
     try:
@@ -103,7 +105,8 @@ def check_format(
                          'weights; torch.compile or torch.export takes it from there.')
     if name not in FORMATS:
         raise InputError(f'Unknown format {name!r}: onnx or one of {", ".join(FORMATS)}.')
-    if problem := ENGINES[FORMATS[name].engine].problem(): raise InputError(problem)
+    if problem := ENGINES[FORMATS[name].engine].problem():
+        raise InputError(_EDGE if FORMATS[name].engine == 'litert' else problem)
     return FORMATS[name]
 
 

@@ -276,8 +276,10 @@ def measure_bundle(
     networks, absent = _open_runtimes(bundle, threads)
     runtimes = bundle.record.runtimes
     graph = next((each.file for each in runtimes.values() if each.file.endswith('.onnx')), None)
-    known = graph_cost(bundle.read_file(graph)) if graph else dict(parameters=0, multiply_adds=0)
-    costs = {name: dict(bytes=runtimes[name].bytes, **known) for name in networks}
+    def cost(file): return graph_cost(bundle.read_file(file)) if file else dict(parameters=0, multiply_adds=0)
+    files = {name: runtimes[name].file for name in networks}
+    costs = {name: dict(bytes=runtimes[name].bytes, **cost(file if file.endswith('.onnx') else graph))
+             for name, file in files.items()}
     found = _measure(networks, costs, next(iter(networks)), pixels, targets, turns, batches)
     return replace(found, absent=absent)
 

@@ -3,7 +3,7 @@ import json
 import re
 
 import pytest
-from run_notebooks import FLAGS, NEVER, NOTEBOOKS, run_notebook
+from run_notebooks import FLAGS, NEVER, NOTEBOOKS, has_flag, run_notebook
 
 NAMES = [path.stem for path in NOTEBOOKS]
 BY_NAME = dict(zip(NAMES, NOTEBOOKS))
@@ -22,7 +22,7 @@ def test_unflagged_cells_run(name, monkeypatch):
 @pytest.mark.parametrize('name', NAMES)
 def test_slow_cells_run(name, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    if not re.search(r'#\|\s*slow', BY_NAME[name].read_text(encoding='utf-8')): pytest.skip('no slow cell')
+    if not has_flag(BY_NAME[name], 'slow'): pytest.skip('no slow cell')
     run_notebook(BY_NAME[name], ['slow'], timeout=1200)
 
 

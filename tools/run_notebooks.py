@@ -21,11 +21,20 @@ FLAGS = re.search(r'^tst_flags = (.*)$', (ROOT/'settings.ini').read_text(encodin
 NEVER = re.compile(r'^#\|\s*eval:\s*false', re.M)
 
 
+def flags_of(cell: dict) -> set[str]:
+    "The flags that a code cell has; none for prose, which may speak of them."
+    if cell['cell_type'] != 'code': return set()
+    return {flag for flag in FLAGS if re.search(rf'^#\|\s*{flag}\s*$', cell['source'], re.M)}
+
+
+def has_flag(path: Path, flag: str) -> bool:
+    "Whether a notebook has a cell with this flag."
+    return any(flag in flags_of(cell) for cell in nbformat.read(path, as_version=4).cells)
+
+
 def wanted(cell: dict, flags: list[str]) -> bool:
     "Whether a cell runs where these flags are given."
-    if cell['cell_type'] != 'code' or NEVER.search(cell['source']): return False
-    own = [flag for flag in FLAGS if re.search(rf'^#\|\s*{flag}\s*$', cell['source'], re.M)]
-    return set(own) <= set(flags)
+    return cell['cell_type'] == 'code' and not NEVER.search(cell['source']) and flags_of(cell) <= set(flags)
 
 
 def run_notebook(path: Path, flags: list[str] = (), timeout: int = 600) -> dict:
@@ -61,7 +70,7 @@ def main() -> int:
     flags, failed = [*args.flags.split(), *([args.only] if args.only else [])], 0
     for path in NOTEBOOKS:
         if args.names and path.stem not in args.names: continue
-        if args.only and f'#| {args.only}' not in path.read_text(encoding='utf-8'): continue
+        if args.only and not has_flag(path, args.only): continue
         start = time.perf_counter()
         try: nb = run_notebook(path, flags)
         except CellExecutionError as error:

@@ -12,7 +12,8 @@ import torch
 from fastai.callback.core import Callback
 from timm.utils import ModelEmaV3
 
-from .train import _bare
+from .run import InputError
+from .train import RefitHead, _bare
 
 # %% ../nbs/06a_callbacks.ipynb #e3a00001
 def _exchange_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
@@ -36,6 +37,9 @@ class Ema(Callback):
         self.decay, self.average, self.steps = decay, None, 0
 
     def before_fit(self):
+        if any(isinstance(callback, RefitHead) for callback in self.learn.cbs):
+            raise InputError("balance='smote' refits the last layer, and Ema would replace it by an average: "
+                             'leave out one of the two.')
         self.average, self.steps = ModelEmaV3(_bare(self.model), self.decay, use_warmup=True), 0
 
     def after_step(self):

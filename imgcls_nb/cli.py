@@ -167,8 +167,8 @@ def _prepare(run: Run, data, args: argparse.Namespace, screen: Screen):
 
 def _check_promise(images: int, precision: float | None) -> None:
     "Refuse, before the training, a precision that no validation split of this size could promise."
-    from imgcls_nb.calibrate import images_for_promise
-    known = images - int(0.01 * (images - 1))  # `calibrate` turns the least familiar hundredth away
+    from imgcls_nb.calibrate import Calibration, images_for_promise
+    known = images - int(Calibration.turned_away * (images - 1))  # without the least familiar hundredth
     if precision is None or known >= (fewest := images_for_promise(precision)): return
     raise InputError(f'A precision of {precision:.4g} takes at least {fewest:,} validation images, all '
                      f'right, and there are {known:,} without the least familiar hundredth. Require '

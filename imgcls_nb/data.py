@@ -369,6 +369,13 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.bmp', '.ti
 FOREIGN_SUFFIXES = ('.heic', '.heif', '.avif', '.jxl', '.svg', '.psd', '.dng', '.cr2', '.cr3', '.nef', '.arw')
 
 
+def _foreign(name: str | Path) -> tuple[str, str, str] | None:
+    "Kind, evidence and remedy for a file in a format that Pillow cannot open by itself; None for others."
+    suffix = Path(name).suffix.lower()
+    if suffix not in FOREIGN_SUFFIXES: return None
+    return 'unsupported', f'is in the format {suffix[1:].upper()}', 'convert it to JPEG or PNG'
+
+
 def _looks_like_image(path: Path) -> bool:
     "An image by its name, or, for any other name, by its content."
     if not os.path.exists(path): return True  # a link to nowhere: the scan says so
@@ -388,8 +395,7 @@ def _reason_to_leave_out(root: Path, parts: tuple[str, ...], split_tree: bool) -
         reason = 'no_split', 'lies beside the folders of the splits', 'move it into one of them'
     elif name != str(path):
         reason = 'bad_name', 'has a name that is not valid text', 'rename it'
-    elif path.suffix.lower() in FOREIGN_SUFFIXES:
-        reason = 'unsupported', f'is in the format {path.suffix[1:].upper()}', 'convert it to JPEG or PNG'
+    elif foreign := _foreign(path): reason = foreign
     elif not _looks_like_image(root/path):
         reason = ('not_an_image', 'neither its name nor its content is an image',
                   'nothing, if it is not meant to be one')

@@ -37,7 +37,7 @@ import pandas as pd
 from PIL import Image
 
 from .data import (FOREIGN_SUFFIXES, IMAGE_SUFFIXES, SPLIT_NAMES, Finding, ImageSet,
-                            _classes, _files, crop_file, crop_name)
+                            _classes, _files, _foreign, crop_file, crop_name)
 from .image import ImageError, Limits, image_info, open_image
 from .run import InputError, write_text
 
@@ -495,8 +495,7 @@ def _whole_row(file: str, group: list[Annotation], note: Callable) -> list[dict]
         if any(said.boxes for said in group): remedy += "; or read the boxes as pictures, with boxes='crop'"
         several = any(len(labels) > 1 for _, labels in answers)
         says = '; '.join(f'{said.annotator or said.where} says {" and ".join(own)}' for said, own in answers)
-        note('two_labels' if several else _conflict([said for said, _ in answers]), says[:300],
-             remedy)
+        note('two_labels' if several else _conflict([said for said, _ in answers]), says[:300], remedy)
     for (said, _), (other, _) in zip(answers, answers[1:]) if len(found) == 1 else ():
         if said.annotator == other.annotator:
             note('duplicate_row', f'{other.where} repeats it', 'nothing: it is taken once')
@@ -507,14 +506,14 @@ def _whole_row(file: str, group: list[Annotation], note: Callable) -> list[dict]
 def _rows(files: ExportFiles, file: str, group: list[Annotation], boxes: str,
           aside: list[Finding]) -> list[dict]:
     "The rows of one picture; everything else that is said about it goes to `aside`."
-    before, suffix = len(aside), _suffix(file)
+    before = len(aside)
     def note(*problem: str) -> None: aside.append(Finding(problem[0], file, *problem[1:]))
     for said in group:
         for kind, why, remedy in said.problems: note(kind, f'{said.where} {why}', remedy)
         if said.skipped: note('skipped', f'{said.where} was skipped by {said.annotator or "all"}', 'label it')
     group = [said for said in group if not said.skipped]
-    if suffix in FOREIGN_SUFFIXES:
-        note('unsupported', f'is in the format {suffix[1:].upper()}', 'convert it to JPEG or PNG')
+    if foreign := _foreign(file):
+        note(*foreign)
         return []
     cut = boxes == 'crop' and any(said.boxes for said in group)
     if cut and any(said.labels for said in group):

@@ -34,7 +34,7 @@ from fastcore.basics import patch
 from IPython.display import display
 from PIL import Image, ImageDraw
 
-from .data import FOREIGN_SUFFIXES, Finding, Findings, ImageSet, title_fonts
+from .data import Finding, Findings, ImageSet, _foreign, title_fonts
 from .image import ImageError, Limits, image_info
 from .run import InputError
 
@@ -438,9 +438,7 @@ def _listed(root: Path, path: Path) -> Finding | None:
     if name != str(path.relative_to(root)):
         return Finding('bad_name', name, 'has a name that is not valid text', 'rename it')
     if formats.get(path.suffix.lower()) in Limits().formats: return None
-    if path.suffix.lower() in FOREIGN_SUFFIXES:
-        return Finding('unsupported', name, f'is in the format {path.suffix[1:].upper()}',
-                       'convert it to JPEG or PNG')
+    if foreign := _foreign(path): return Finding(foreign[0], name, *foreign[1:])
     try: image_info(path)
     except ImageError as error:
         return Finding('not_an_image', name, str(error), 'nothing, if it is not meant to be one')

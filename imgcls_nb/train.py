@@ -165,11 +165,7 @@ class RefitHead(Callback):
     ):
         self.seed = seed
 
-    def before_fit(self):
-        _last_layer(self.model, len(self.dls.vocab))
-        if any(type(callback).__name__ == 'Ema' for callback in self.learn.cbs):
-            raise InputError("balance='smote' refits the last layer, and Ema would replace it by an average: "
-                             'leave out one of the two.')
+    def before_fit(self): _last_layer(self.model, len(self.dls.vocab))
 
     def after_train(self):
         if self.epoch + 1 < self.n_epoch: return

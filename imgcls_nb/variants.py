@@ -276,10 +276,11 @@ def measure_bundle(
     networks, absent = _open_runtimes(bundle, threads)
     runtimes = bundle.record.runtimes
     graph = next((each.file for each in runtimes.values() if each.file.endswith('.onnx')), None)
-    def cost(file): return graph_cost(bundle.read_file(file)) if file else dict(parameters=0, multiply_adds=0)
     files = {name: runtimes[name].file for name in networks}
-    costs = {name: dict(bytes=runtimes[name].bytes, **cost(file if file.endswith('.onnx') else graph))
-             for name, file in files.items()}
+    graphs = {name: file if file.endswith('.onnx') else graph for name, file in files.items()}
+    counted = {file: graph_cost(bundle.read_file(file)) if file else dict(parameters=0, multiply_adds=0)
+               for file in set(graphs.values())}
+    costs = {name: dict(bytes=runtimes[name].bytes, **counted[graphs[name]]) for name in networks}
     found = _measure(networks, costs, next(iter(networks)), pixels, targets, turns, batches)
     return replace(found, absent=absent)
 

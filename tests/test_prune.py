@@ -10,7 +10,6 @@ from imgcls_nb.bundle import load_bundle
 from imgcls_nb.data import digits
 from imgcls_nb.evaluate import evaluate, predict_probabilities
 from imgcls_nb.export import export, to_onnx
-from imgcls_nb.image import Preprocessing
 from imgcls_nb.models import SmallCNN, _counted, create_model
 from imgcls_nb.prune import fit_to_weights, layer_times, prune_channels, pruned_learner
 from imgcls_nb.run import InputError
@@ -129,14 +128,3 @@ def test_a_pruned_learner_trains_exports_and_resumes_only_itself(tmp_path):
     other = pruned_learner(learn, 0.3, spread='uniform', round_to=1)
     with other.no_bar(), other.no_logging(), pytest.raises(InputError, match='another training'):
         train(other, 3, 5e-3, callbacks=(Checkpoint(tmp_path/'kept', resume=True),))
-
-
-@pytest.mark.slow
-def test_half_a_resnet_runs_at_least_one_and_a_half_times_as_fast():
-    from imgcls_nb.variants import time_in_turns
-    whole, p = made('resnet18', 1, 32), Preprocessing(32, 32, channels=1)
-    pixels = np.zeros((1, 32, 32, 1), np.uint8)
-    graphs = {'whole': to_onnx(whole, p), 'half': to_onnx(prune_channels(whole, (1, 32, 32), 0.5), p)}
-    sessions = {name: open_session(graph) for name, graph in graphs.items()}
-    times = time_in_turns({name: lambda s=s: run_session(s, pixels) for name, s in sessions.items()}, 30)
-    assert np.median(times['whole']) > 1.5 * np.median(times['half'])

@@ -135,10 +135,28 @@ def _end(self: CarefulProtocol, status: int) -> None:
     if not begun and (self._header_bytes or status == 503): self.transport.write(_plain_answer(status))
     self.transport.close()
 
+# %% ../nbs/11c_server.ipynb #5e1c0043
+class _InOnePiece:
+    "A transport on which the head of an answer waits for the first piece of its body."
+    def __init__(self, cycle): self._cycle, self._transport, self._head = cycle, cycle.transport, None
+
+    def __getattr__(self, name: str): return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and self._cycle.response_started: self._head = data
+        else:
+            self._transport.write((self._head or b'') + data)
+            self._head = self._head and b''
+
+    def close(self) -> None:
+        if self._head: self._transport.write(self._head)
+        self._transport.close()
+
 # %% ../nbs/11c_server.ipynb #5e1c0023
 @patch
 def _start_asgi_task(self: CarefulProtocol, cycle, app) -> None:
     self._running = cycle
+    if cycle.scope['method'] != 'HEAD': cycle.transport = _InOnePiece(cycle)
     HttpToolsProtocol._start_asgi_task(self, cycle, app)
 
 

@@ -291,7 +291,7 @@ class WorkerPool:
         self._options = dict(runtime=runtime, threads=threads, limits=asdict(limits))
         self._waiting, self._ready, self._alive, self._tasks = deque(), [], set(), set()
         self._fingerprint, self._generation, self._closing = None, 0, False
-        self._starting, self._swapping = None, asyncio.Lock()
+        self._starting, self._dispatching, self._swapping = None, None, asyncio.Lock()
 
 # %% ../nbs/11a_workers.ipynb #11a00029
 @patch(as_prop=True)
@@ -333,14 +333,14 @@ def submit(
     loop = asyncio.get_running_loop()
     job = _Job(image, top, loop.time(), loop.create_future(), excused=idle or not self._ready)
     self._waiting.append(job)
-    self._dispatch()
+    if not self._dispatching: self._dispatching = loop.call_soon(self._dispatch)
     return job.answer
 
 
 @patch
 def expected_wait(self: WorkerPool) -> float:
     "Seconds until an image that came now would be answered; 0 where a worker has nothing else to do."
-    if not self._waiting and not all(worker.batches for worker in self._ready): return 0.0
+    if len(self._waiting) < sum(not worker.batches for worker in self._ready): return 0.0
     images = len(self._waiting) + sum(worker.load for worker in self._ready) + 1
     return images * self.seconds_per_image / max(1, len(self._ready))
 
@@ -368,7 +368,7 @@ def _next_worker(self: WorkerPool, now: float) -> _Worker | None:
 @patch
 def _dispatch(self: WorkerPool) -> None:
     "Give out what waits."
-    now = asyncio.get_running_loop().time()
+    self._dispatching, now = None, asyncio.get_running_loop().time()
     while self._waiting and (worker := self._next_worker(now)):
         if batch := self._take(worker, now): worker.send(batch, now)
 

@@ -2,6 +2,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.datasets import load_digits
 from conftest import assert_sentence, free_port, imgcls, serving
 from imgcls_nb.run import InputError
 from imgcls_nb.serve import ServiceOptions, create_app
+from imgcls_nb.server import _InOnePiece
 from samples import MODES, encoded, in_mode, patch, truncated_jpeg
 from test_images import png_that_claims
 
@@ -150,3 +152,31 @@ def test_what_cannot_be_served_is_said_at_once(digits_run):
 @pytest.mark.parametrize('key', ['', ' ', 'open sesame'])
 def test_a_key_is_a_word(digits_run, key):
     with pytest.raises(InputError, match='one word'): create_app(digits_run['bundle'], ServiceOptions(keys=('good', key)))
+
+
+class Sent(list):
+    "A connection that writes down what leaves it, piece by piece."
+    write = list.append
+    def close(self): self.append('closed')
+
+
+def test_the_head_of_an_answer_waits_for_its_body():
+    cycle = SimpleNamespace(transport=(sent := Sent()), response_started=False)
+    connection = _InOnePiece(cycle)
+    connection.write(b'100 Continue ')
+    cycle.response_started = True
+    for piece in (b'head ', b'body ', b'more'): connection.write(piece)
+    connection.close()
+    assert sent == [b'100 Continue ', b'head body ', b'more', 'closed']
+
+
+def test_an_answer_that_is_given_up_still_has_its_head():
+    connection = _InOnePiece(SimpleNamespace(transport=(sent := Sent()), response_started=True))
+    connection.write(b'head')
+    connection.close()
+    assert sent == [b'head', 'closed']
+
+
+def test_head_alone_is_answered(service):
+    answer = service.head('/')
+    assert answer.status_code in (200, 405) and not answer.content

@@ -266,7 +266,7 @@ def digits_part(options, folder):
     "Framework overhead: a small network, raw PNG where a service takes it, 32 clients."
     from sklearn.datasets import load_digits
     images = [encoded(Image.fromarray((each / 16 * 255).astype(np.uint8)), 'PNG') for each in load_digits().images[:200]]
-    rows = compare(list(sides(options.digits or small_bundle(folder), folder, 1)), images, options)
+    rows = compare(list(sides(options.digits or small_bundle(folder, options.network), folder, 1)), images, options)
     print_rows(rows)
     ours = rows['imgcls serve']
     for name, row in rows.items():
@@ -289,6 +289,7 @@ def compare(services, images, options) -> dict:
                 continue
             found.setdefault(side.name, []).append(one)
             time.sleep(1)
+    if not found: raise SystemExit('No service could be started.')
     return {name: {key: statistics.median(one[key] for one in turns) for key in turns[0]} for name, turns in found.items()}
 
 
@@ -365,10 +366,10 @@ def overload_part(options, folder):
         print(f'right after: {after["requests/s"]:.0f}/s with 4 clients, p99 {after["p99 ms"]:.0f} ms, errors {after["errors"]}')
 
 
-def small_bundle(folder):
+def small_bundle(folder, network='small_cnn'):
     "A small network, trained on digits for a moment, in a process of its own: what it leaves must not disturb."
     code = ('from pathlib import Path; from imgcls_nb.all import *; from imgcls_nb.sources import load_images;'
-            'learn = image_learner(load_images("digits").split(), "small_cnn", seed=0);\n'
+            'learn = image_learner(load_images("digits").split(), ' + repr(network) + ', seed=0);\n'
             'with learn.no_bar(), learn.no_logging(): train(learn, epochs=2)\n'
             f'export(learn, evaluate(learn), Path({str(folder)!r})/"digits")')
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
@@ -390,6 +391,7 @@ def main():
     parser.add_argument('--clients', type=int, default=32)
     parser.add_argument('--latency', type=float, default=1)
     parser.add_argument('--overload-seconds', type=float, default=60)
+    parser.add_argument('--network', default='small_cnn', help='trained on digits for a moment; with lenet, a service is nearly all of the work')
     parser.add_argument('--digits', help='a bundle, instead of a small network trained now')
     parser.add_argument('--lite0', help='a bundle, instead of tf_efficientnet_lite0 exported now')
     parser.add_argument('--load', action='store_true', help=argparse.SUPPRESS)

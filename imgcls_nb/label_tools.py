@@ -540,10 +540,10 @@ class ZipImageSet(ImageSet):
         except ImageError as error: raise ImageError(error.kind, f'{self._name(row)} {error}') from error
 
 # %% ../nbs/02a_label_tools.ipynb #034febbd
-def _splits(items: pd.DataFrame) -> pd.Series | str:
-    "The splits of an export, if it names one of ours for every row."
+def _splits(items: pd.DataFrame) -> pd.Series:
+    "The splits of an export, if it names one of ours for every row; else empty."
     split = items['split'].str.lower().map(SPLIT_NAMES)
-    return '' if split.isna().any() else split
+    return split if split.notna().all() else pd.Series('', items.index)
 
 
 def _no_rows(title: str, annotations: list, files: ExportFiles, aside: list[Finding]) -> InputError:
@@ -567,7 +567,7 @@ def _image_set(annotations: list[Annotation], files: ExportFiles, boxes: str, pa
     if not rows: raise _no_rows(path.name, annotations, files, aside + files.unlisted)
     items = pd.DataFrame(rows)
     split = _splits(items)
-    if isinstance(split, str) and items['split'].any():
+    if items['split'].any() and not split.any():
         aside.append(Finding('no_split', path.name, 'does not name train, valid or test for every picture',
                              'nothing: `split` cuts new ones'))
     items['split'] = split

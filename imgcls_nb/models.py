@@ -578,6 +578,13 @@ def counted_cost(
     return _counted(model, x)
 
 
+def _cached_weights(architecture: str) -> str | None:
+    "The file of weights that an earlier download left in the Hugging Face Hub's cache."
+    repository = timm.get_pretrained_cfg(architecture).hf_hub_id
+    found = try_to_load_from_cache(repository, 'model.safetensors') if repository else None
+    return found if isinstance(found, str) else None
+
+
 def weights_status(
     architecture: str,  # a name that `create_model` takes
     installed: Callable[[str], bool] | None = None,  # says whether a package carries the weights
@@ -586,8 +593,7 @@ def weights_status(
     if installed is not None and installed(architecture): return 'here'
     cfg = None if architecture in BY_HAND else timm.get_pretrained_cfg(architecture)
     if cfg is None or not cfg.has_weights: return 'none'
-    cached = cfg.hf_hub_id and try_to_load_from_cache(cfg.hf_hub_id, 'model.safetensors')
-    return 'here' if isinstance(cached, str) else 'download'
+    return 'here' if _cached_weights(architecture) else 'download'
 
 # %% ../nbs/04_models.ipynb #e5d6402a
 @dataclass(frozen=True)

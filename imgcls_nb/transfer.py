@@ -26,7 +26,7 @@ import torch
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.training import bn_types
 from fastai.torch_core import default_device
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -36,7 +36,8 @@ from torch import nn
 
 from .data import ImageSet, Progress
 from .image import INTERPOLATIONS, Preprocessing, normalize
-from .models import BY_HAND, check_architecture, explain_size, own_input_shape, size_options
+from .models import (BY_HAND, _cached_weights, check_architecture, explain_size,
+                              own_input_shape, size_options)
 from .run import InputError, whole_or_absent
 from .sources import cache_folder
 
@@ -68,13 +69,6 @@ def _load_in_order(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Modul
     return model
 
 # %% ../nbs/05_transfer.ipynb #455ca3af
-def _cached_weights(architecture: str) -> str | None:
-    "The file of weights that an earlier download left in the Hugging Face Hub's cache."
-    repository = timm.get_pretrained_cfg(architecture).hf_hub_id
-    found = try_to_load_from_cache(repository, 'model.safetensors') if repository else None
-    return found if isinstance(found, str) else None
-
-
 def _hub_answers(seconds: float = 3.0) -> bool:
     "Ask the Hugging Face Hub once, because its own client tries for most of a minute."
     try: get_session().head(constants.ENDPOINT, timeout=seconds)

@@ -318,7 +318,7 @@ def plot_variants(
         axis.plot([], [], ' ', label=f'{i}  {name}')
     _log_axis(axis)
     axis.set(xlabel=_COSTS[cost], ylabel=_axis_label(measured),
-             title=title or f'{len(best)} of {len(measured)} versions are worth a look')
+             title=title or f'Worth a look: {len(best)} of {len(measured)} versions')
     axis.margins(x=0.1, y=0.1)
     axis.legend(handlelength=0, handletextpad=0, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
     plt.close(figure)

@@ -305,6 +305,7 @@ def plot_variants(
 ) -> plt.Figure:
     "Accuracy against cost; the circles' areas are the files' sizes, filled ones are on the Pareto front."
     frame, best = measured.frame(), front(measured, cost)
+    verb = 'is' if len(best) == 1 else 'are'
     figure, axis = plt.subplots(figsize=(7.4, 3.4), layout='constrained')
     x, areas = frame[cost] / _UNITS[cost], 90 + 400 * frame.bytes / frame.bytes.max()
     line = frame.loc[best]
@@ -318,7 +319,7 @@ def plot_variants(
         axis.plot([], [], ' ', label=f'{i}  {name}')
     _log_axis(axis)
     axis.set(xlabel=_COSTS[cost], ylabel=_axis_label(measured),
-             title=title or f'Worth a look: {len(best)} of {len(measured)} versions')
+             title=title or f'{len(best)} of {len(measured)} versions {verb} worth a look')
     axis.margins(x=0.1, y=0.1)
     axis.legend(handlelength=0, handletextpad=0, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
     plt.close(figure)

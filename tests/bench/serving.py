@@ -1,6 +1,7 @@
 """Requests per second and waiting times of a service, beside a plain FastAPI endpoint, LitServe and BentoML, in one run.
 
-    python tests/bench/serving.py                        # closed loop: digits, 32 clients, every peer that is installed
+    python tests/bench/serving.py                        # closed loop: LeNet on digits, 32 clients, every peer that is installed
+    python tests/bench/serving.py --network small_cnn    # the same with a network that takes about half of the time itself
     python tests/bench/serving.py --part photos          # tf_efficientnet_lite0, 500 × 375 JPEG, beside the bare limit
     python tests/bench/serving.py --part overload        # open loop at three times the capacity
     pip install litserve bentoml                         # the peers; whichever is missing is left out, and said so
@@ -366,7 +367,7 @@ def overload_part(options, folder):
         print(f'right after: {after["requests/s"]:.0f}/s with 4 clients, p99 {after["p99 ms"]:.0f} ms, errors {after["errors"]}')
 
 
-def small_bundle(folder, network='small_cnn'):
+def small_bundle(folder, network):
     "A small network, trained on digits for a moment, in a process of its own: what it leaves must not disturb."
     code = ('from pathlib import Path; from imgcls_nb.all import *; from imgcls_nb.sources import load_images;'
             'learn = image_learner(load_images("digits").split(), ' + repr(network) + ', seed=0);\n'
@@ -391,7 +392,7 @@ def main():
     parser.add_argument('--clients', type=int, default=32)
     parser.add_argument('--latency', type=float, default=1)
     parser.add_argument('--overload-seconds', type=float, default=60)
-    parser.add_argument('--network', default='small_cnn', help='trained on digits for a moment; with lenet, a service is nearly all of the work')
+    parser.add_argument('--network', default='lenet', help='trained on digits for a moment; lenet costs next to nothing, so services are compared')
     parser.add_argument('--digits', help='a bundle, instead of a small network trained now')
     parser.add_argument('--lite0', help='a bundle, instead of tf_efficientnet_lite0 exported now')
     parser.add_argument('--load', action='store_true', help=argparse.SUPPRESS)

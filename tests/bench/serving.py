@@ -1,7 +1,7 @@
 """Requests per second and waiting times of a service, beside a plain FastAPI endpoint, LitServe and BentoML, in one run.
 
     python tests/bench/serving.py                        # closed loop: LeNet on digits, 32 clients, every peer that is installed
-    python tests/bench/serving.py --network small_cnn    # the same with a network that takes about half of the time itself
+    python tests/bench/serving.py --network small_cnn    # the same with a network that computes for longer
     python tests/bench/serving.py --part photos          # tf_efficientnet_lite0, 500 × 375 JPEG, beside the bare limit
     python tests/bench/serving.py --part overload        # open loop at three times the capacity
     pip install litserve bentoml                         # the peers; whichever is missing is left out, and said so
